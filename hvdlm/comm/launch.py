@@ -1,0 +1,124 @@
+"""How this process was launched, read from its environment, and what to set before MPI starts.
+
+Pure functions of the environment: nothing here imports MPI or Horovod, so that a login node, a
+single process under srun and a usage error never touch MPI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from hvdlm.config import ParallelConfig, UserError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process among those started together, as its launcher announced it."""
+
+    kind: Literal["single", "mpi", "gloo"]
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+# Rank, size, local rank, local size as each launcher names them; the local ones may be missing.
+_HOROVODRUN_GLOO = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE")
+_MPI = (
+    (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+
+
+def classify(env: Mapping[str, str]) -> Launch:
+    """Tell how a process with this environment was launched.
+
+    - *gloo*: `horovodrun --gloo`, which names ranks and a rendezvous server
+    - *mpi*: `mpirun`, `horovodrun`, or `srun` with a PMI that the MPI library can use
+    - *single*: everything else, one task under srun included: MPI_Init without a matching PMI
+      aborts the process, so MPI stays untouched
+
+    Raises:
+        UserError: several tasks under srun without a PMI: each would train alone.
+    """
+    if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in env and "HOROVOD_RANK" in env:
+        return _launch("gloo", env, _HOROVODRUN_GLOO)
+    for names in _MPI:
+        if names[0] in env and names[1] in env:
+            return _launch("mpi", env, names)
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks <= 1:
+        return Launch("single")
+    if "PMIX_RANK" not in env:
+        raise UserError(
+            f"launch: srun started {tasks} tasks without PMIx, so each would train alone; "
+            "use srun --mpi=pmix (srun --mpi=list shows what there is) or mpirun"
+        )
+    return Launch(
+        "mpi",
+        rank=int(env["PMIX_RANK"]),
+        size=tasks,
+        local_rank=int(env.get("SLURM_LOCALID", "0")),
+        local_size=_local_tasks(env.get("SLURM_STEP_TASKS_PER_NODE", "1"), int(env.get("SLURM_NODEID", "0"))),
+    )
+
+
+def process_settings(
+    launch: Launch, parallel: ParallelConfig, *, env: Mapping[str, str], cores: int, gpus: int
+) -> dict[str, str]:
+    """Environment variables to set before MPI and Horovod start, where the user has not.
+
+    Args:
+        launch: this process among its peers.
+        parallel: fusion, cycle time and stall limit.
+        env: the environment as it is; a variable in it is left alone.
+        cores: CPU cores this process may run on.
+        gpus: GPUs it can see.
+
+    Returns:
+        Variables that `env` lacks, with their values.
+    """
+    cycle_ms = parallel.cycle_ms or (1.0 if gpus else 2.0)
+    stall_s = parallel.stall_timeout_s
+    wanted = {
+        "HOROVOD_CYCLE_TIME": f"{cycle_ms:g}",
+        "HOROVOD_FUSION_THRESHOLD": str(parallel.fusion_mb * 2**20),
+        # Horovod ignores a shutdown time below its check time.
+        "HOROVOD_STALL_CHECK_TIME_SECONDS": str(max(1, min(60, stall_s // 2))),
+        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(stall_s),
+    }
+    if launch.kind == "single":
+        # With size 1 and the Gloo controller Horovod opens no socket and never calls MPI_Init.
+        wanted |= {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}
+    if launch.kind == "gloo":
+        # It bounds start-up skew as well: rank 0 may be sharding the demo corpus.
+        wanted["HOROVOD_GLOO_TIMEOUT_SECONDS"] = "300"
+    if launch.kind != "single" and launch.local_size >= cores:
+        # Open MPI spins while it waits; measured with 4 ranks on 2 cores: 968 ms a step, yielding 268.
+        wanted |= {"OMPI_MCA_mpi_yield_when_idle": "1", "OMP_NUM_THREADS": "1"}
+    elif launch.local_size > 1:
+        wanted["OMP_NUM_THREADS"] = str(max(1, cores // launch.local_size))
+    return {name: value for name, value in wanted.items() if name not in env}
+
+
+def _launch(kind: Literal["mpi", "gloo"], env: Mapping[str, str], names: tuple[str, str, str, str]) -> Launch:
+    rank, size = int(env[names[0]]), int(env[names[1]])
+    if size == 1:
+        return Launch("single")
+    return Launch(kind, rank, size, int(env.get(names[2], "0")), int(env.get(names[3], "1")))
+
+
+def _local_tasks(tasks_per_node: str, node: int) -> int:
+    """Tasks on one node from Slurm's compressed list, e.g. '4(x2),3'."""
+    counts: list[int] = []
+    for part in tasks_per_node.split(","):
+        count, _, repeat = part.partition("(x")
+        counts += [int(count)] * int(repeat.rstrip(")") or 1)
+    return counts[node] if node < len(counts) else counts[-1]

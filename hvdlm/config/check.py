@@ -1,0 +1,84 @@
+"""Combinations of knobs that cannot work, and what follows from those that can."""
+
+from __future__ import annotations
+
+from hvdlm.config.errors import UserError
+from hvdlm.config.knobs import ModelConfig, OptimConfig, RunConfig, TrainConfig
+
+
+def check(config: RunConfig) -> RunConfig:
+    """Refuse combinations that cannot work.
+
+    Raises:
+        UserError: naming the two keys, what was found and what was needed.
+    """
+    _check_model(config.model)
+    _check_train(config.train)
+    _check_optim(config.optim)
+    _require(config.data.seq_len >= 2, f"data.seq_len {config.data.seq_len} must be at least 2")
+    _require(config.data.prefetch >= 1, f"data.prefetch {config.data.prefetch} must be at least 1")
+    _require(
+        config.checkpoint.keep_last >= 2,
+        f"checkpoint.keep_last {config.checkpoint.keep_last} must be at least 2",
+    )
+    _require(
+        min(config.eval.every, config.eval.batches, config.checkpoint.every) >= 0 and config.log.every >= 1,
+        "eval.every, eval.batches and checkpoint.every must not be negative; log.every must be at least 1",
+    )
+    return config
+
+
+def _check_model(model: ModelConfig) -> None:
+    _require(
+        model.layers >= 1 and model.width >= 1 and model.heads >= 1,
+        "model: layers, width and heads must be at least 1",
+    )
+    _require(
+        model.width % model.heads == 0,
+        f"model.width {model.width} is not a multiple of model.heads {model.heads}",
+    )
+    _require(
+        model.width // model.heads % 2 == 0,
+        f"model.width / model.heads = {model.width // model.heads} is odd, rotary needs it even",
+    )
+    kv_heads = model.kv_heads or model.heads
+    _require(
+        kv_heads > 0 and model.heads % kv_heads == 0,
+        f"model.heads {model.heads} is not a multiple of model.kv_heads {kv_heads}",
+    )
+    _require(0 <= model.dropout < 1, f"model.dropout {model.dropout} must lie in [0, 1)")
+
+
+def _check_train(train: TrainConfig) -> None:
+    _require(train.micro_batch >= 1, f"train.micro_batch {train.micro_batch} must be at least 1")
+    _require(
+        train.global_batch >= 1 and train.global_batch % train.micro_batch == 0,
+        f"train.global_batch {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch}",
+    )
+    _require(train.steps >= 1, f"train.steps {train.steps} must be at least 1")
+    _require(train.tokens >= 0, f"train.tokens {train.tokens} must be 0 (use train.steps) or more")
+    _require(0 <= train.seed < 2**63, f"train.seed {train.seed} must lie in [0, 2^63)")
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    _require(optim.lr > 0, f"optim.lr {optim.lr} must be above 0")
+    _require(
+        0 <= optim.min_lr <= optim.lr,
+        f"optim.min_lr {optim.min_lr} must lie in [0, optim.lr {optim.lr}]; change both together",
+    )
+    _require(all(0 <= b < 1 for b in optim.betas), f"optim.betas {optim.betas} must lie in [0, 1)")
+    _require(
+        optim.clip >= 0 and optim.warmup_steps >= 0, "optim.clip and optim.warmup_steps must not be negative"
+    )
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+def total_steps(config: RunConfig) -> int:
+    """Optimizer steps in all: `train.steps`, or as many as `train.tokens` needs, rounded up."""
+    if not config.train.tokens:
+        return config.train.steps
+    return -(-config.train.tokens // (config.train.global_batch * config.data.seq_len))

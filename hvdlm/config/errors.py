@@ -1,0 +1,41 @@
+"""Errors that a user can put right, and the exit codes of every command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+EXIT_DONE = 0
+EXIT_CRASH = 1
+EXIT_USAGE = 2
+EXIT_REQUEUE = 75
+EXIT_INTERRUPTED = 128 + 2
+
+
+class UserError(Exception):
+    """Something the user can put right: printed as one line, without a traceback.
+
+    The message says where, what was found, what was needed, and what to do. `exit_code` is
+    2 where retrying cannot help (usage, configuration, bad input) and 1 where it may
+    (a full disk, a diverged run).
+    """
+
+    def __init__(self, message: str, exit_code: int = EXIT_USAGE) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run_command(name: str, main: Callable[[], int]) -> int:
+    """Run a command's `main` and turn a `UserError` into one line on stderr.
+
+    Returns:
+        The process exit code.
+    """
+    try:
+        return main()
+    except UserError as error:
+        print(f"hvdlm {name}: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"hvdlm {name}: interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED

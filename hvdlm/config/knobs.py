@@ -1,0 +1,142 @@
+"""Every knob of a training run, its default and its one-line meaning.
+
+The sections are frozen dataclasses. Only commands see `RunConfig`; everything below them
+takes a section or plain values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    kind: Literal["transformer"] = "transformer"
+    """Architecture: a key of hvdlm.models.MODELS."""
+    layers: int = 12
+    """Number of blocks."""
+    width: int = 768
+    """Width of the residual stream."""
+    heads: int = 12
+    """Attention heads; must divide width into an even head size."""
+    kv_heads: int = 0
+    """Key and value heads (grouped-query attention); 0 = heads."""
+    mlp_width: int = 0
+    """Inner width of the MLP; 0 = 8/3 of width, rounded up to a multiple of 64."""
+    tie_embeddings: bool = True
+    """Use one matrix for the input embedding and the output projection."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position frequencies."""
+    norm_eps: float = 1e-5
+    """Epsilon inside RMSNorm."""
+    dropout: float = 0.0
+    """Dropout probability on residual branches, seeded per (seed, step, slot)."""
+    init: str = "random"
+    """'random', or a folder with a Hugging Face Llama model to continue from."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = "data/demo"
+    """Folder of HDF5 shards written by hvdlm.preprocess."""
+    seq_len: int = 1024
+    """Tokens a sample (T); a window of T+1 tokens is read."""
+    prefetch: int = 4
+    """Steps read ahead by the loader's threads."""
+    verify: Literal["background", "before", "off"] = "background"
+    """When each rank checks its share of the shards' block digests."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    out: str = "auto"
+    """Run folder; 'auto' = data/runs/RECIPE."""
+    steps: int = 10000
+    """Optimizer steps in all."""
+    tokens: int = 0
+    """Tokens in all, instead of steps; 0 = use steps."""
+    global_batch: int = 256
+    """Sequences an optimizer step, over all ranks; never depends on the number of ranks."""
+    micro_batch: int = 8
+    """Sequences a forward pass; global_batch must be a multiple of it."""
+    seed: int = 0
+    """Seed of the initial weights, the order of samples and dropout."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute precision; bf16 is autocast over fp32 master weights."""
+    stop_margin_s: int = 120
+    """Seconds before the Slurm job's end at which a run saves and stops by itself."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; 'auto' takes the GPU of this local rank where there is one."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 6e-4
+    """Peak learning rate."""
+    min_lr: float = 6e-5
+    """Learning rate at the end of the schedule."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's moment decay rates."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from 0 to lr."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    strategy: Literal["allreduce"] = "allreduce"
+    """How one optimizer step is done: a key of hvdlm.parallel.STRATEGIES."""
+    compression: Literal["none", "fp16"] = "none"
+    """Precision of gradients on the wire."""
+    fusion_mb: int = 64
+    """Horovod's tensor-fusion buffer in MiB."""
+    cycle_ms: float = 0.0
+    """Horovod's cycle time in ms; 0 = 1 with a GPU, 2 on a CPU."""
+    stall_timeout_s: int = 600
+    """A collective that some rank does not join for so long ends the job; 0 = never."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 500
+    """Steps between validations, besides step 0 and the last; 0 = only those two."""
+    batches: int = 16
+    """Global batches of a fixed permutation of the validation split; 0 = no validation."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 500
+    """Steps between checkpoints, besides the last; 0 = only the last."""
+    keep_last: int = 2
+    """Checkpoints kept; at least 2, because the newest may be found damaged."""
+    resume: str = "auto"
+    """'auto' = go on from the newest valid checkpoint; 'never' = refuse a used folder; or a PATH."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = 10
+    """Steps between log lines."""
+    tensorboard: bool = False
+    """Also write TensorBoard events to RUN/tensorboard (needs hvdlm[tensorboard])."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)

@@ -1,0 +1,170 @@
+"""What a folder holds before a run: nothing, the same data set, another one, or the rest of a killed run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from hvdlm.config import UserError
+from hvdlm.data import manifest as manifests
+from hvdlm.data.entries import SPLITS
+from hvdlm.data.files import TEMP_PREFIX, write_atomic
+from hvdlm.data.manifest import Manifest, read_manifest
+
+RECORD_NAME = "preprocess.json"
+"""What a data set was made from. Written before the shards, so a killed run is known as one."""
+TOKENIZER_NAME = "tokenizer.json"
+WORK_NAME = f"{TEMP_PREFIX}preprocess"
+
+
+@contextmanager
+def claimed(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Make a folder and hold it against other runs on this host; the hold dies with the process.
+
+    Args:
+        folder: made with its parents; removed again if it stays empty.
+        wait: wait for another run to end instead of refusing.
+
+    Raises:
+        UserError: it cannot be made, or another run holds it.
+    """
+    fd = _lock(folder, wait=wait)
+    try:
+        yield
+    finally:
+        # Still under the lock: else this could take the folder from under the next run.
+        with suppress(OSError):
+            folder.rmdir()
+        os.close(fd)
+
+
+def _lock(folder: Path, *, wait: bool) -> int:
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made: {error.strerror}; choose another --out") from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(fd)
+            raise UserError(
+                f"{folder}: another preprocess writes there; wait for it, or choose another --out"
+            ) from None
+        except OSError:
+            pass  # Some network file systems lock no folders; the rest works without.
+        if folder.exists() and os.path.samestat(os.fstat(fd), folder.stat()):
+            return fd
+        # The run that held it failed and removed it.
+        os.close(fd)
+
+
+def find_same(folder: Path, record: dict[str, Any], *, force: bool) -> Manifest | None:
+    """Look for a complete data set that was made from the same inputs with the same options.
+
+    Args:
+        folder: the output.
+        record: what this run makes a data set from.
+        force: another data set may be replaced.
+
+    Returns:
+        Its manifest, or None where this run has to (and may) make one.
+
+    Raises:
+        UserError: the folder holds another or a damaged data set, or shards of unknown origin.
+    """
+    if force:
+        return None
+    has_manifest = (folder / manifests.FILE_NAME).exists()
+    before = _read_record(folder)
+    if not has_manifest and (before is not None or not _shards(folder)):
+        return None
+    if not has_manifest:
+        raise UserError(
+            f"{folder}: holds shards of unknown origin; choose another --out, or replace them by --force"
+        )
+    if before is None:
+        raise UserError(
+            f"{folder}: holds a data set of unknown origin; choose another --out, or replace it by --force"
+        )
+    if before != record:
+        raise UserError(
+            f"{folder}: holds a data set made otherwise ({_difference(before, record)}); "
+            "choose another --out, or replace it by --force"
+        )
+    manifest = read_manifest(folder)
+    for shard in manifest.shards:
+        path = folder / shard.name
+        if not path.is_file() or path.stat().st_size != shard.file_bytes:
+            raise UserError(f"{path}: missing or damaged; make the data set again with --force")
+    return manifest
+
+
+def clear_work(folder: Path) -> Path:
+    """Remove what a killed run left, and make an empty folder for the work of this one.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    remove_work(folder)
+    work = folder / WORK_NAME
+    work.mkdir()
+    return work
+
+
+def remove_work(folder: Path) -> None:
+    """Remove the folder of `clear_work`."""
+    shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
+
+
+def remove_data_set(folder: Path) -> None:
+    """Remove a data set or the rest of one, the manifest first, so that half of one is never taken for it."""
+    (folder / manifests.FILE_NAME).unlink(missing_ok=True)
+    for path in [
+        folder / RECORD_NAME,
+        folder / TOKENIZER_NAME,
+        *_shards(folder),
+        *folder.glob(f"{TEMP_PREFIX}*"),
+    ]:
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write what the data set is made from.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    write_atomic(folder / RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads((folder / RECORD_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _shards(folder: Path) -> list[Path]:
+    return [path for split in SPLITS for path in folder.glob(f"{split}-[0-9]*.h5")]
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    parts = [f"{key} {_short(before.get(key))} then, {_short(now.get(key))} now" for key in keys]
+    return "; ".join(parts)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={_short(inner)}" for key, inner in value.items())
+    return f"{value!s:.80}"

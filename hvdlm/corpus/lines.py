@@ -1,0 +1,163 @@
+"""Lines out of plain and compressed files, in bounded memory; and runs of lines."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import zlib
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import zstandard
+
+from hvdlm.config import UserError
+from hvdlm.corpus.plan import Piece
+
+_CHUNK_BYTES = 1 << 18
+
+
+class Line(NamedTuple):
+    """Bytes of one or more lines: the first one's number, counted from 1 in the piece, the bytes,
+    and how many bytes of the piece are read by then."""
+
+    number: int
+    raw: bytes
+    done_bytes: int
+
+
+def read_lines(piece: Piece) -> Iterator[Line]:
+    """Read the lines of a piece, their ends included; they end at newlines only.
+
+    A byte-order mark at the start of the file is taken off.
+
+    Args:
+        piece: of text or jsonl, plain or compressed.
+
+    Raises:
+        UserError: damaged or truncated compressed data, or a file that became shorter.
+        OSError: it cannot be read.
+    """
+    with Path(piece.path).open("rb") as file:
+        file.seek(piece.start)
+        number, begun = 1, list[bytes]()
+        with closing(_DECOMPRESS[piece.kind](file, piece)) as chunks:
+            for chunk in _without_mark(chunks) if piece.start == 0 else chunks:
+                done_bytes = min(file.tell(), piece.end) - piece.start
+                *complete, rest = chunk.split(b"\n")
+                for part in complete:
+                    yield Line(number, b"".join([*begun, part, b"\n"]), done_bytes)
+                    begun.clear()
+                    number += 1
+                if rest:
+                    begun.append(rest)
+        if begun:
+            yield Line(number, b"".join(begun), piece.size_bytes)
+
+
+def parts_of(lines: Iterable[Line], document: str) -> Iterator[Line]:
+    """Cut lines into documents, without the line end that each ends with.
+
+    Args:
+        lines: with their ends.
+        document: "line", or "paragraph": a run of lines that are not blank.
+    """
+    group: list[bytes] = []
+    first = done_bytes = 0
+    for number, raw, done_bytes in lines:
+        if document == "line":
+            yield Line(number, _without_end(raw), done_bytes)
+        elif raw and not raw.isspace():
+            first = first if group else number
+            group.append(raw)
+        elif group:
+            yield Line(first, _without_end(b"".join(group)), done_bytes)
+            group = []
+    if group:
+        yield Line(first, _without_end(b"".join(group)), done_bytes)
+
+
+def parts_of_text(text: str, document: str) -> Iterator[str]:
+    """Cut one text in the same way."""
+    lines = (Line(number, raw + b"\n", 0) for number, raw in enumerate(text.encode().split(b"\n"), 1))
+    for part in parts_of(lines, document):
+        yield part.raw.decode()
+
+
+def number_in_file(piece: Piece, number: int) -> int:
+    """The number in the whole file of a line of the piece. For messages only: it reads up to the piece."""
+    if piece.start == 0:
+        return number
+    left = piece.start
+    with Path(piece.path).open("rb") as file:
+        for chunk in iter(partial(file.read, 1 << 20), b""):
+            number += chunk[:left].count(b"\n")
+            left -= len(chunk)
+            if left <= 0:
+                break
+    return number
+
+
+def without_mark(raw: bytes) -> bytes:
+    """Take a UTF-8 byte-order mark off the front."""
+    return raw.removeprefix(codecs.BOM_UTF8)
+
+
+def _without_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    first = b""
+    for chunk in chunks:
+        first += chunk
+        if len(first) >= len(codecs.BOM_UTF8):
+            break
+    return chain([without_mark(first)], chunks)
+
+
+def _without_end(raw: bytes) -> bytes:
+    return raw.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def _plain(file: BinaryIO, piece: Piece) -> Generator[bytes, None, None]:
+    left = piece.end - piece.start
+    while left and (chunk := file.read(min(_CHUNK_BYTES, left))):
+        left -= len(chunk)
+        yield chunk
+    if left:
+        raise UserError(f"{piece.path}: became shorter while it was read; run again when nobody writes to it")
+
+
+def _gunzip(file: BinaryIO, piece: Piece) -> Generator[bytes, None, None]:
+    try:
+        with gzip.open(file) as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                yield chunk
+    except EOFError:
+        raise _damaged(piece, "gzip", "truncated: it ends too early") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise _damaged(piece, "gzip", str(error)) from None
+
+
+def _unzstd(file: BinaryIO, piece: Piece) -> Generator[bytes, None, None]:
+    # Not stream_reader: that takes a truncated frame for a complete one.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    frame, fed = decompressor.decompressobj(), False
+    try:
+        while data := file.read(_CHUNK_BYTES >> 2):
+            while data:
+                if frame.eof:
+                    frame = decompressor.decompressobj()
+                yield frame.decompress(data)
+                data, fed = frame.unused_data, True
+    except zstandard.ZstdError as error:
+        raise _damaged(piece, "zstd", str(error)) from None
+    if fed and not frame.eof:
+        raise _damaged(piece, "zstd", "truncated: it ends too early")
+
+
+def _damaged(piece: Piece, kind: str, reason: str) -> UserError:
+    return UserError(f"{piece.path}: damaged {kind} data ({reason}); copy or download the file again")
+
+
+_DECOMPRESS = {"text": _plain, "jsonl": _plain, "jsonl.gz": _gunzip, "jsonl.zst": _unzstd}

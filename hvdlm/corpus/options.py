@@ -1,0 +1,136 @@
+"""What a data set is made from: options, inputs, tokenizer; and the record of it that lies in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hvdlm.config import UserError
+from hvdlm.corpus import stdlib
+from hvdlm.corpus.readers import ReadOptions
+from hvdlm.corpus.sources import InputFile, digest, find_inputs
+from hvdlm.data.shards import MAX_SHARD_TOKENS
+from hvdlm.text import TOKENIZERS
+from hvdlm.text import tokenizer as tokenizers
+from hvdlm.text.tokenizer import Tokenizer
+
+MIN_SHARD_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to make. Defaults are those of the command.
+
+    Attributes:
+        out: folder of the data set.
+        inputs: files, globs, folders; none = the demo corpus.
+        tokenizer: a key of `TOKENIZERS`, trained on the input, or the path of a tokenizer.json.
+        vocab_size: tokens of a trained tokenizer; 0 = its default (demo corpus: 1024).
+        eos: name of the token that ends a document; "" = by its usual names.
+        read: how documents are read.
+        val_fraction: share of documents that goes to validation by hash.
+        val: inputs for validation, instead of a share.
+        shard_tokens: tokens a shard at most.
+        seed: of the order of documents.
+    """
+
+    out: Path
+    inputs: tuple[str, ...] = ()
+    tokenizer: str = "bpe"
+    vocab_size: int = 0
+    eos: str = ""
+    read: ReadOptions = field(default_factory=ReadOptions)
+    val_fraction: float = 0.05
+    val: tuple[str, ...] = ()
+    shard_tokens: int = MAX_SHARD_TOKENS
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the options name, looked up.
+
+    Attributes:
+        files: for training, or to be split by hash.
+        val_files: for validation alone.
+        tokenizer: the one that was given, None where one is to be built.
+        vocab_size: of the one to be built; 0 = its own default.
+    """
+
+    files: list[InputFile]
+    val_files: list[InputFile]
+    tokenizer: Tokenizer | None
+    vocab_size: int
+
+
+def look_up(options: Options) -> Source:
+    """Check the options and find what they name.
+
+    Raises:
+        UserError: values that cannot be, inputs that are not there, or an unusable tokenizer.
+    """
+    if not options.val and not 0 < options.val_fraction < 1:
+        raise UserError(
+            f"--val-fraction {options.val_fraction}: needed more than 0 and less than 1, or --val INPUT"
+        )
+    if not MIN_SHARD_TOKENS <= options.shard_tokens <= MAX_SHARD_TOKENS:
+        raise UserError(
+            f"--shard-tokens {options.shard_tokens}: needed {MIN_SHARD_TOKENS} to {MAX_SHARD_TOKENS} tokens"
+        )
+    files = find_inputs(options.inputs) if options.inputs else stdlib.find()
+    val_files = find_inputs(options.val)
+    both = {file.path for file in files} & {file.path for file in val_files}
+    if both:
+        raise UserError(f"{min(both)}: is both INPUT and --val; leave it out of one of them")
+    vocab_size = options.vocab_size
+    if options.tokenizer in TOKENIZERS:
+        if options.eos:
+            raise UserError(
+                f"--eos {options.eos}: is for a tokenizer.json; {options.tokenizer} brings its own"
+            )
+        if options.tokenizer == "bpe" and not options.inputs:
+            vocab_size = vocab_size or stdlib.VOCAB_SIZE
+        return Source(files, val_files, None, vocab_size)
+    return Source(files, val_files, _given_tokenizer(options), vocab_size)
+
+
+def record(options: Options, source: Source) -> dict[str, Any]:
+    """Everything that the data set follows from, as JSON: equal records, equal data sets."""
+    given = source.tokenizer
+    return {
+        "format": "hvdlm-preprocess",
+        "version": 1,
+        "inputs": _totals(source.files),
+        "val": _totals(source.val_files) if options.val else options.val_fraction,
+        "tokenizer": f"sha256:{given.fingerprint}" if given else options.tokenizer,
+        "vocab_size": given.vocab_size if given else source.vocab_size,
+        "eos": options.eos,
+        "field": options.read.field,
+        "document": options.read.document,
+        "invalid": options.read.invalid,
+        "shard_tokens": options.shard_tokens,
+        "seed": options.seed,
+    }
+
+
+def _totals(files: Sequence[InputFile]) -> dict[str, Any]:
+    return {"files": len(files), "bytes": sum(file.size_bytes for file in files), "digest": digest(files)}
+
+
+def _given_tokenizer(options: Options) -> Tokenizer:
+    path = Path(options.tokenizer)
+    if not path.exists():
+        raise UserError(
+            f"--tokenizer {options.tokenizer}: no such file; needed {', '.join(TOKENIZERS)}, or the path "
+            "of a tokenizer.json"
+        )
+    given = tokenizers.load(path, eos=options.eos)
+    if options.vocab_size not in (0, given.vocab_size):
+        raise UserError(
+            f"--vocab-size {options.vocab_size}: {path} has {given.vocab_size} tokens; leave the option out"
+        )
+    # Found now rather than after hours.
+    _ = given.eos_id
+    return given

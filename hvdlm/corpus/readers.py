@@ -1,0 +1,203 @@
+"""Documents out of one piece of the input, one after the other.
+
+Text is decoded exactly: no newline is translated, nothing is normalized; only a byte-order mark at
+the start of a file is taken off.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import orjson
+
+from hvdlm.config import EXIT_CRASH, UserError
+from hvdlm.corpus.lines import number_in_file, parts_of, parts_of_text, read_lines, without_mark
+from hvdlm.corpus.parquet import read_rows
+from hvdlm.corpus.plan import Piece
+
+MAX_DOCUMENT_BYTES = 1 << 30
+_MAGIC = {
+    b"\x1f\x8b": "a gzip file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+    b"PAR1": "a Parquet file",
+    b"PK\x03\x04": "a zip file",
+    b"%PDF": "a PDF file",
+    b"\x7fELF": "a program",
+    b"\x89PNG": "an image",
+    b"\x89HDF": "an HDF5 file",
+}
+_JSON_NAMES: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How documents are read.
+
+    Attributes:
+        field: the key (jsonl) or column (parquet) that holds the text.
+        document: "file" (a whole record or file), "paragraph" or "line" of one.
+        invalid: what to do with bytes that are not UTF-8: "error", "replace" by U+FFFD, "skip" the document.
+    """
+
+    field: str = "text"
+    document: str = "file"
+    invalid: str = "error"
+
+
+class Document(NamedTuple):
+    """A document: its text, None where it was skipped; and how many bytes of the piece are read by then."""
+
+    text: str | None
+    done_bytes: int
+
+
+class _BadRecordError(ValueError):
+    """What is wrong with a record and what to do; whoever knows the place adds it."""
+
+
+def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document]:
+    """Read the documents of a piece in order, empty ones included.
+
+    Args:
+        piece: from the plan.
+        options: how.
+
+    Raises:
+        UserError: the file cannot be read, is damaged, or a record is not what it must be; the message
+            names file and record.
+    """
+    try:
+        if piece.kind == "text" and options.document == "file":
+            yield _whole_file(piece, options)
+        elif piece.kind == "text":
+            yield from _parts_of_file(piece, options)
+        else:
+            for text, done_bytes in _records(piece, options):
+                if text is None or options.document == "file":
+                    yield Document(text, done_bytes)
+                    continue
+                for part in parts_of_text(text, options.document):
+                    yield Document(part, done_bytes)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{piece.path}: cannot be read: {reason}; check the file", EXIT_CRASH) from None
+
+
+def _whole_file(piece: Piece, options: ReadOptions) -> Document:
+    if piece.size_bytes > MAX_DOCUMENT_BYTES:
+        raise UserError(
+            f"{piece.path}: one document of {piece.size_bytes} bytes, at most {MAX_DOCUMENT_BYTES} can be; "
+            "cut it with --document paragraph or line"
+        )
+    raw = without_mark(Path(piece.path).read_bytes())
+    try:
+        return Document(_decode(raw, options), piece.size_bytes)
+    except _BadRecordError as error:
+        raise UserError(f"{piece.path}: {error}") from None
+
+
+def _parts_of_file(piece: Piece, options: ReadOptions) -> Iterator[Document]:
+    for number, raw, done_bytes in parts_of(read_lines(piece), options.document):
+        try:
+            yield Document(_decode(raw, options), done_bytes)
+        except _BadRecordError as error:
+            raise UserError(f"{piece.path}: line {number_in_file(piece, number)}: {error}") from None
+
+
+def _records(piece: Piece, options: ReadOptions) -> Iterator[Document]:
+    if piece.kind == "parquet":
+        for row, raw, part in read_rows(piece.path, options.field, range(piece.start, piece.end)):
+            try:
+                yield Document(_text_of_cell(raw, options), int(part * piece.size_bytes))
+            except _BadRecordError as error:
+                raise UserError(f"{piece.path}: row {row}: {error}") from None
+        return
+    for number, raw, done_bytes in read_lines(piece):
+        if raw.isspace():
+            continue
+        try:
+            yield Document(_text_of_line(raw, options), done_bytes)
+        except _BadRecordError as error:
+            raise UserError(f"{piece.path}: line {number_in_file(piece, number)}: {error}") from None
+
+
+def _text_of_cell(raw: bytes | None, options: ReadOptions) -> str | None:
+    if raw is None:
+        raise _BadRecordError(f"column {options.field!r} is null, needed a string; remove such rows")
+    return _decode(raw, options)
+
+
+def _text_of_line(raw: bytes, options: ReadOptions) -> str | None:
+    try:
+        record = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        # Slow and tolerant: NaN, unpaired surrogates, bytes that are not UTF-8.
+        line = _decode(raw, options)
+        if line is None:
+            return None
+        record = _parse(line)
+    field = options.field
+    if not isinstance(record, dict):
+        found = _JSON_NAMES.get(type(record), "a value")
+        raise _BadRecordError(f"found {found}, needed an object with the field {field!r}; repair the line")
+    if field not in record:
+        fields = ", ".join(list(record)[:12]) or "none"
+        raise _BadRecordError(f"no field {field!r}; choose with --field one of: {fields}")
+    text = record[field]
+    if not isinstance(text, str):
+        found = _JSON_NAMES.get(type(text), "a value")
+        raise _BadRecordError(f"field {field!r} is {found}, needed a string; choose another --field")
+    return _without_surrogates(text, options)
+
+
+def _parse(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).split("\n")[0]
+        raise _BadRecordError(f"not JSON ({reason}); needed one object a line; repair the line") from None
+
+
+def _decode(raw: bytes, options: ReadOptions) -> str | None:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        if options.invalid == "skip":
+            return None
+        if options.invalid == "replace":
+            return raw.decode(errors="replace")
+        kind = next((kind for magic, kind in _MAGIC.items() if raw.startswith(magic)), "")
+        raise _BadRecordError(
+            f"not UTF-8 text (byte 0x{raw[error.start]:02x} at offset {error.start})"
+            f"{f', it looks like {kind}' if kind else ''}; "
+            "convert it, leave it out, or use --invalid replace or skip"
+        ) from None
+
+
+def _without_surrogates(text: str, options: ReadOptions) -> str | None:
+    """JSON may escape half a character (`\\ud800`): no UTF-8 text can hold that."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        if options.invalid == "skip":
+            return None
+        if options.invalid == "replace":
+            return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        raise _BadRecordError(
+            "an escape \\ud800 to \\udfff without its other half; use --invalid replace or skip"
+        ) from None

@@ -1,0 +1,181 @@
+"""Files: atomic publication, exact positional reads, a bounded set of open descriptors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn, final
+
+from hvdlm.config import EXIT_CRASH, UserError
+
+TEMP_PREFIX = ".tmp-"
+"""Unfinished files begin so; whatever carries it after a crash is rubbish and may be deleted."""
+
+
+@contextmanager
+def publishing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, moved onto it when the block ends without an exception.
+
+    The temporary file is fsynced, renamed, and its folder fsynced; on any exception it is removed.
+
+    Raises:
+        UserError: The file system refuses: full, over quota, read-only, broken.
+    """
+    temp = path.with_name(f"{TEMP_PREFIX}{secrets.token_hex(6)}-{path.name}")
+    try:
+        yield temp
+        fsync(temp)
+        temp.rename(path)
+        fsync(path.parent)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        cure = "free space or choose another folder" if full else "check the folder and the file system"
+        raise UserError(f"{path}: cannot be written: {error.strerror}; {cure}", EXIT_CRASH) from error
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` in one durable step.
+
+    Raises:
+        UserError: The file system refuses: full, over quota, read-only, broken.
+    """
+    with publishing(path) as temp, temp.open("xb") as file:
+        file.write(content)
+
+
+def write_exactly(fd: int, view: memoryview, offset: int) -> None:
+    """Write all bytes of `view` at byte `offset`; a short write goes on where it stopped."""
+    while view.nbytes:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
+    """Fill `view` (bytes) from byte `offset` of `fd`; a short read goes on where it stopped.
+
+    Raises:
+        UserError: The file ends too early, or the device reports an error.
+    """
+    try:
+        count = os.preadv(fd, [view], offset)
+        while count < view.nbytes:
+            got = os.preadv(fd, [view[count:]], offset + count)
+            if got == 0:
+                raise UserError(
+                    f"{path}: truncated: ends at byte {offset + count}, needed {offset + view.nbytes}; "
+                    f"{cure(path.parent)}"
+                )
+            count += got
+    except OSError as error:
+        _refuse_read(path, error, f" at byte {offset}")
+
+
+def check_file(path: Path, file_bytes: int) -> None:
+    """Check, without opening it, that `path` is a regular file of the size the manifest gives.
+
+    Raises:
+        UserError: It is missing, no regular file, or of another size.
+    """
+    try:
+        _check_status(path, path.stat(), file_bytes)
+    except OSError as error:
+        _refuse_read(path, error, "")
+
+
+def open_checked(path: Path, file_bytes: int) -> int:
+    """Open a file for reading and check it as `check_file`.
+
+    Returns:
+        A file descriptor that the caller closes.
+
+    Raises:
+        UserError: It is missing, unreadable, no regular file, or of another size.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO would wait for its writer.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        _refuse_read(path, error, "")
+    try:
+        _check_status(path, os.fstat(fd), file_bytes)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def cure(folder: Path) -> str:
+    """What to do about a damaged data set."""
+    return f"run python -m hvdlm.dataset verify {folder}, then copy the file again or preprocess again"
+
+
+@final
+class OpenFiles:
+    """At most `limit` open descriptors of checked files, the least recently used closed first.
+
+    For one thread only: closing a descriptor that another thread reads from would hand that
+    thread the bytes of whatever file is opened next under the same number.
+
+    Args:
+        files: Path and size in bytes of each file; files are then known by their index.
+        limit: At least 1.
+    """
+
+    def __init__(self, files: Sequence[tuple[Path, int]], *, limit: int) -> None:
+        self._files, self._limit = files, limit
+        self._fds: OrderedDict[int, int] = OrderedDict()
+
+    def get(self, index: int) -> int:
+        """The descriptor of a file, opened and checked at first use.
+
+        Raises:
+            UserError: As `open_checked`.
+        """
+        fd = self._fds.get(index)
+        if fd is not None:
+            self._fds.move_to_end(index)
+            return fd
+        if len(self._fds) >= self._limit:
+            os.close(self._fds.popitem(last=False)[1])
+        fd = open_checked(*self._files[index])
+        self._fds[index] = fd
+        return fd
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+
+def fsync(path: Path) -> None:
+    """Make a file's content, or a folder's names, durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _check_status(path: Path, status: os.stat_result, file_bytes: int) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: not a regular file; {cure(path.parent)}")
+    if status.st_size != file_bytes:
+        raise UserError(
+            f"{path}: has {status.st_size} bytes, the manifest says {file_bytes}: truncated or changed; "
+            f"{cure(path.parent)}"
+        )
+
+
+def _refuse_read(path: Path, error: OSError, place: str) -> NoReturn:
+    if isinstance(error, FileNotFoundError):
+        raise UserError(f"{path}: missing, but the manifest names it; {cure(path.parent)}") from error
+    message = f"{path}: cannot be read{place}: {error.strerror} (errno {error.errno}); check the file system"
+    raise UserError(message, EXIT_CRASH) from error

@@ -1,0 +1,252 @@
+"""This data coordinate's batches, read ahead by threads. The state is one integer: completed steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias, final
+
+import numpy as np
+import torch
+
+from hvdlm.config import UserError
+from hvdlm.data.files import check_file
+from hvdlm.data.manifest import Manifest
+from hvdlm.data.order import (
+    first_windows,
+    locate,
+    permute,
+    share_of,
+    slot_seed,
+    step_samples,
+    windows_of_samples,
+)
+from hvdlm.data.prefetch import Prefetcher
+from hvdlm.data.windows import Recycler, WindowReader
+
+MAX_OPEN_FILES = 256
+"""Descriptors of one loader, over all its threads: a quarter of the usual limit of 1024."""
+_MAX_THREADS = 2  # The second carries on while one waits for a slow read; more only contend for the GIL.
+_BLOCK_SAMPLES = 1 << 14  # Samples located at a time.
+_EVALUATION_SEED = 0x6576616C  # One order for all runs, whatever their seed.
+
+Place: TypeAlias = tuple[int, list[list[int]], list[list[int]]]
+"""A step; and of each window of each slot of this share, the shard and the first token in it."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What a step consists of: samples of `seq_len` tokens, `global_batch` of them in micro-slots of
+    `micro_batch`, in the order of `seed`."""
+
+    seq_len: int
+    global_batch: int
+    micro_batch: int
+    seed: int
+
+    @property
+    def slots(self) -> int:
+        """Micro-slots a step, over all ranks."""
+        return self.global_batch // self.micro_batch
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One forward and backward pass: its index in the step, the seed of its random numbers, and
+    "tokens" and "labels" int64 [micro_batch, seq_len], which are views of one buffer."""
+
+    index: int
+    rng_seed: int
+    batch: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class StepBatch:
+    """This share of one step, counted from 1, which takes the samples [first_sample, end_sample).
+    `label_count` is the number of labels in the whole global batch."""
+
+    step: int
+    first_sample: int
+    end_sample: int
+    label_count: int
+    slots: list[Slot]
+
+
+@final
+class Loader:
+    """Batches of one split for data coordinate d of D.
+
+    Args:
+        folder: The data set.
+        manifest: Its manifest.
+        split: "train" or "val".
+        plan: Equal on all ranks.
+        share: (d, D), from the mesh; the ranks of one d read the same.
+        prefetch_steps: Steps kept ready, at least 1.
+
+    Raises:
+        UserError: The split has no sample, the batches do not divide, or one of this share's shards
+            is missing or of another size (each shard is checked by one d at the start, and by
+            everybody who opens it).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        split: str,
+        *,
+        plan: BatchPlan,
+        share: tuple[int, int],
+        prefetch_steps: int,
+    ) -> None:
+        if plan.global_batch % plan.micro_batch:
+            raise UserError(
+                f"train.global_batch is {plan.global_batch}, needs a multiple of train.micro_batch "
+                f"({plan.micro_batch}); change one of them"
+            )
+        self._folder, self._manifest, self._split, self._plan = folder, manifest, split, plan
+        self._slots = share_of(plan.slots, share)
+        self._first = first_windows(_shard_tokens(manifest, split), plan.seq_len)
+        self._prefetch_steps = max(1, prefetch_steps)
+        self._prefetcher: Prefetcher[StepBatch] | None = None
+        if not self.windows:
+            raise UserError(_no_window(folder, manifest, split, plan.seq_len))
+        for entry in manifest.split(split)[share[0] :: share[1]]:
+            check_file(folder / entry.name, entry.file_bytes)
+
+    @property
+    def windows(self) -> int:
+        """Samples an epoch."""
+        return int(self._first[-1])
+
+    def steps(self, start_step: int) -> Iterator[StepBatch]:
+        """The steps after `start_step` completed ones, for ever; ends an earlier iteration.
+
+        Raises:
+            UserError: From the iterator: a file is missing, changed, broken or holds a bad id.
+        """
+        self.close()
+        if not self._slots:
+            return (self._batch(step, []) for step in _count(start_step + 1, 1))
+        threads = min(_MAX_THREADS, self._prefetch_steps)
+        self._prefetcher = Prefetcher(
+            lambda k: self._read_steps(start_step + 1 + k, threads),
+            threads=threads,
+            depth=self._prefetch_steps,
+        )
+        return self._prefetcher
+
+    def close(self) -> None:
+        """Stop the threads and close their files. The loader can be used again."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+
+    def _read_steps(self, first_step: int, stride: int) -> Iterator[StepBatch]:
+        """One thread's steps: every `stride`-th from `first_step`."""
+        plan = self._plan
+        reader = WindowReader(
+            self._folder, self._manifest, self._split, seq_len=plan.seq_len, max_open=MAX_OPEN_FILES // stride
+        )
+        shape = (len(self._slots), plan.micro_batch, plan.seq_len + 1)
+        recycler = Recycler(shape, limit=self._prefetch_steps + 2)
+        try:
+            for place in self._places(first_step, stride):
+                yield self._batch(place[0], self._read_slots(reader, recycler.take(), place))
+        finally:
+            reader.close()
+
+    def _read_slots(self, reader: WindowReader, memory: np.ndarray, place: Place) -> list[Slot]:
+        step, shards, firsts = place
+        return [
+            Slot(
+                index,
+                slot_seed(self._plan.seed, step, index),
+                reader.read(shards[k], firsts[k], out=memory[k]),
+            )
+            for k, index in enumerate(self._slots)
+        ]
+
+    def _places(self, first_step: int, stride: int) -> Iterator[Place]:
+        plan = self._plan
+        share = np.arange(self._slots.start * plan.micro_batch, self._slots.stop * plan.micro_batch)
+        steps_a_block = max(1, _BLOCK_SAMPLES // len(share))
+        for block_step in _count(first_step, stride * steps_a_block):
+            steps = block_step + stride * np.arange(steps_a_block)
+            samples = ((steps - 1)[:, None] * plan.global_batch + share).reshape(-1)
+            windows = windows_of_samples(samples, self.windows, seed=plan.seed)
+            shape = (steps_a_block, len(self._slots), plan.micro_batch)
+            shards, firsts = (a.reshape(shape) for a in locate(windows, self._first, plan.seq_len))
+            for k, step in enumerate(steps.tolist()):
+                yield step, shards[k].tolist(), firsts[k].tolist()
+
+    def _batch(self, step: int, slots: list[Slot]) -> StepBatch:
+        first, end = step_samples(step, self._plan.global_batch)
+        return StepBatch(step, first, end, self._plan.global_batch * self._plan.seq_len, slots)
+
+
+def evaluation_batches(
+    folder: Path,
+    manifest: Manifest,
+    split: str,
+    *,
+    plan: BatchPlan,
+    share: tuple[int, int],
+    limit_batches: int,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Each sample of a fixed set once, on exactly one data coordinate.
+
+    Args:
+        folder: The data set.
+        manifest: Its manifest.
+        split: "train" or "val".
+        plan: Its micro-batches; the last of a share may have fewer samples. Its seed has no part.
+        share: (d, D).
+        limit_batches: So many global batches of a fixed permutation (all, where there are fewer); 0 = the
+            whole split in its own order, tails included: every token but each shard's first is
+            predicted once.
+
+    Yields:
+        "tokens" and "labels" int64 [m, T]; labels are -100 after the end of a shard.
+
+    Raises:
+        UserError: At the first step: the split has no sample; later: as `WindowReader.read`.
+    """
+    seq_len, limit_samples = plan.seq_len, limit_batches * plan.global_batch
+    tokens = _shard_tokens(manifest, split)
+    # One token less than a full window past each end gives the short last window a number too.
+    first = first_windows(tokens if limit_samples else tokens + (seq_len - 1) * (tokens > 0), seq_len)
+    n = int(first[-1])
+    if not n:
+        raise UserError(_no_window(folder, manifest, split, seq_len if limit_samples else 1))
+    own = share_of(min(n, limit_samples) if limit_samples else n, share)
+    reader = WindowReader(folder, manifest, split, seq_len=seq_len, max_open=MAX_OPEN_FILES)
+    try:
+        for start in range(own.start, own.stop, plan.micro_batch):
+            windows = np.arange(start, min(start + plan.micro_batch, own.stop))
+            if limit_samples:
+                windows = permute(windows, n, seed=_EVALUATION_SEED, epochs=np.zeros(1, np.int64))
+            shards, firsts = locate(windows, first, seq_len)
+            yield reader.read(shards.tolist(), firsts.tolist())
+    finally:
+        reader.close()
+
+
+def _count(start: int, stride: int) -> Iterator[int]:
+    while True:
+        yield start
+        start += stride
+
+
+def _shard_tokens(manifest: Manifest, split: str) -> np.ndarray:
+    return np.array([entry.tokens for entry in manifest.split(split)], dtype=np.int64)
+
+
+def _no_window(folder: Path, manifest: Manifest, split: str, seq_len: int) -> str:
+    longest = max((entry.tokens for entry in manifest.split(split)), default=0)
+    return (
+        f"{folder}: split {split!r} has no sample: its longest shard has {longest} tokens, a sample needs "
+        f"{seq_len + 1}; preprocess more text or lower data.seq_len"
+    )

@@ -1,0 +1,131 @@
+"""Reading windows of tokens by position: preadv into one buffer, every id checked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import torch
+
+from hvdlm.config import UserError
+from hvdlm.data.files import OpenFiles, cure, read_exactly
+from hvdlm.data.manifest import Manifest
+
+IGNORED_LABEL = -100
+"""A label that no loss counts; torch's cross entropy ignores it by default."""
+
+
+@final
+class WindowReader:
+    """Reads windows of the shards of one split; for one thread.
+
+    Args:
+        folder: The data set.
+        manifest: Its manifest.
+        split: "train" or "val".
+        seq_len: T; a full window has T + 1 tokens.
+        max_open: Files kept open at a time.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, split: str, *, seq_len: int, max_open: int) -> None:
+        entries = manifest.split(split)
+        self._paths = [folder / entry.name for entry in entries]
+        self._extents = [(entry.extents.tokens.offset, entry.tokens) for entry in entries]
+        sizes = [entry.file_bytes for entry in entries]
+        self._files = OpenFiles(list(zip(self._paths, sizes, strict=True)), limit=max_open)
+        self._vocab_size = manifest.tokenizer.vocab_size
+        self._dtype = np.dtype(manifest.tokenizer.token_dtype)
+        self._seq_len = seq_len
+
+    def read(
+        self, shards: Sequence[int], firsts: Sequence[int], *, out: np.ndarray | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Read a batch of m windows, full or cut short by the end of their shard.
+
+        Args:
+            shards: m indices into the split's shards.
+            firsts: m first tokens.
+            out: int64 [m, T + 1] to be filled and shared with the result; None = fresh memory.
+
+        Returns:
+            "tokens" and "labels", int64 [m, T]: views of one buffer, the labels one column further.
+            Past the end of a short window tokens are 0 and labels -100.
+
+        Raises:
+            UserError: A file is missing, changed or broken, or holds an id that the tokenizer has not.
+        """
+        raw, short = self._fill(shards, firsts)
+        buffer = np.empty(raw.shape, np.int64) if out is None else out
+        np.copyto(buffer, raw)
+        tokens, labels = buffer[:, :-1], buffer[:, 1:]
+        if short:
+            labels = labels.copy()
+        for row, count in short:
+            tokens[row, count - 1 :] = 0
+            labels[row, count - 1 :] = IGNORED_LABEL
+        # Slicing is numpy's: torch takes ten times as long.
+        return {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
+
+    def close(self) -> None:
+        """Close the files."""
+        self._files.close()
+
+    def _fill(self, shards: Sequence[int], firsts: Sequence[int]) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """The raw ids [m, T + 1], zero after a short window; row and number of ids of the short ones."""
+        width, size = self._seq_len + 1, self._dtype.itemsize
+        raw = np.empty((len(shards), width), self._dtype)
+        view, start, short = raw.data.cast("B"), 0, []
+        for row, (shard, first) in enumerate(zip(shards, firsts, strict=True)):
+            offset, tokens = self._extents[shard]
+            count = width
+            if first + width > tokens:
+                count = tokens - first
+                raw[row, count:] = 0
+                short.append((row, count))
+            part = view[start : start + count * size]
+            read_exactly(self._files.get(shard), part, offset + first * size, self._paths[shard])
+            start += width * size
+        # An id beyond the embedding would surface as an index error deep in the model.
+        if len(raw) and int(raw.max()) >= self._vocab_size:
+            self._refuse_id(raw, shards, firsts)
+        return raw, short
+
+    def _refuse_id(self, raw: np.ndarray, shards: Sequence[int], firsts: Sequence[int]) -> None:
+        row, column = np.argwhere(raw >= self._vocab_size)[0].tolist()
+        path = self._paths[shards[row]]
+        raise UserError(
+            f"{path}: token {firsts[row] + column} has id {raw[row, column]}, the tokenizer's ids end at "
+            f"{self._vocab_size - 1}: damaged; {cure(path.parent)}"
+        )
+
+
+@final
+class Recycler:
+    """Arrays of one shape, handed out again once nothing outside refers to them or their views.
+
+    Fresh memory costs more than reading into it: the allocator gives pages back and the kernel
+    clears them anew (75 page faults for 16 windows of 2048 tokens: 260 us instead of 80).
+    For one thread only.
+
+    Args:
+        shape: Of each array, int64.
+        limit: Arrays remembered; beyond it they are fresh.
+    """
+
+    def __init__(self, shape: tuple[int, ...], *, limit: int) -> None:
+        self._shape, self._limit = shape, limit
+        self._arrays: list[np.ndarray] = []
+
+    def take(self) -> np.ndarray:
+        """An int64 array of undefined content."""
+        for index in range(len(self._arrays)):
+            # The list and the argument refer to it; a view, or a tensor over one, would be a third.
+            if sys.getrefcount(self._arrays[index]) == 2:
+                return self._arrays[index]
+        array = np.empty(self._shape, np.int64)
+        if len(self._arrays) < self._limit:
+            self._arrays.append(array)
+        return array

@@ -1,0 +1,144 @@
+"""Command: the loss of a trained model over a whole split, alone or under mpirun.
+
+python -m hvdlm.evaluate RUN --split val
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from hvdlm.comm import launch, world
+from hvdlm.comm.world import AgreedError, World
+from hvdlm.config import EXIT_DONE, ParallelConfig, UserError, run_command
+from hvdlm.data.entries import SPLITS
+from hvdlm.data.loader import evaluation_batches
+from hvdlm.data.manifest import Manifest, read_manifest
+from hvdlm.parallel.strategy import evaluate
+from hvdlm.run import crash
+from hvdlm.run.evaluation import mean_loss
+from hvdlm.run.trained import Trained, open_trained
+from hvdlm.train.session import batch_plan
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate a run.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: bad arguments, no valid run, or data of another tokenizer.
+
+    Collective: yes.
+    """
+    args = _parser().parse_args(argv)
+    here = launch.classify(os.environ)
+    cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    settings = launch.process_settings(here, ParallelConfig(), env=os.environ, cores=cores, gpus=gpus)
+    ranks = world.init(here, settings)
+    try:
+        result = _evaluate(args, ranks)
+        if ranks.is_root:
+            print(json.dumps(result), flush=True)
+        ranks.close()
+        return EXIT_DONE
+    except AgreedError as error:
+        ranks.close()
+        if ranks.is_root:
+            raise
+        return error.exit_code
+    except BaseException as error:
+        crash.end_job("evaluate", error, ranks)
+        raise
+
+
+def _evaluate(args: argparse.Namespace, ranks: World) -> dict[str, object]:
+    """The report, equal on all ranks."""
+    trained = open_trained(Path(args.run), args.device, local_rank=ranks.local_rank)
+    data_folder = Path(args.data_path or trained.config.data.path)
+    manifest = Manifest.from_json(
+        ranks.on_root(lambda: _read_fitting(data_folder, trained).to_json(), name="evaluate.manifest")
+    )
+    batches = evaluation_batches(
+        data_folder,
+        manifest,
+        args.split,
+        plan=batch_plan(trained.config),
+        share=(ranks.rank, ranks.size),
+        limit_batches=0,
+    )
+    precision = args.precision or trained.config.train.precision
+    loss, tokens = mean_loss(lambda b: evaluate(trained.model, b, precision=precision), batches, ranks)
+    if ranks.is_root:
+        print(
+            f"{trained.checkpoint.folder}: {args.split} split of {data_folder}, "
+            f"{manifest.documents(args.split):,} documents",
+            flush=True,
+        )
+    return report(loss, tokens, text_bytes=manifest.text_bytes(args.split), step=trained.checkpoint.step)
+
+
+def report(loss: float, tokens: int, *, text_bytes: int, step: int) -> dict[str, object]:
+    """The last line of stdout.
+
+    Args:
+        loss: mean over the predicted tokens, in nats.
+        tokens: predicted tokens: all of the split but the first of each shard.
+        text_bytes: UTF-8 bytes of the split's text.
+        step: optimizer steps the model was trained for.
+
+    Returns:
+        loss, perplexity, bits_per_byte (which compares models of different tokenizers), tokens, step.
+    """
+    return {
+        "loss": loss,
+        # Beyond 700 nats exp overflows; no model that is any use comes near.
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": loss * tokens / (math.log(2) * text_bytes),
+        "tokens": tokens,
+        "step": step,
+    }
+
+
+def _read_fitting(data_folder: Path, trained: Trained) -> Manifest:
+    manifest = read_manifest(data_folder)
+    wanted = trained.checkpoint.state["fingerprints"]["tokenizer"]
+    if manifest.tokenizer.sha256 != wanted:
+        raise UserError(
+            f"{data_folder}: was made with tokenizer {manifest.tokenizer.sha256[:12]}, the run was trained "
+            f"with {wanted[:12]}; preprocess again with --tokenizer {trained.checkpoint.tokenizer_path}"
+        )
+    return manifest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m hvdlm.evaluate",
+        description="Loss of a trained model over a whole split. The last line of stdout is JSON: loss (nats "
+        "a token), perplexity, bits_per_byte, tokens, step.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "run", nargs="?", default="data/runs/demo", metavar="RUN", help="run folder, or one checkpoint in it"
+    )
+    parser.add_argument(
+        "--data.path", dest="data_path", default="", metavar="DIR", help="other shards ('': the run's)"
+    )
+    parser.add_argument("--split", choices=SPLITS, default="val", help="which part of the data")
+    parser.add_argument(
+        "--precision", choices=("", "fp32", "bf16"), default="", help="compute precision ('': the run's)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("evaluate", main))

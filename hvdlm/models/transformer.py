@@ -1,0 +1,150 @@
+"""The default model: a decoder-only transformer with the arithmetic of Llama.
+
+RMSNorm before each branch, rotary positions, SwiGLU, grouped-query attention, no biases.
+`hvdlm.models.llama` maps its weights to and from Hugging Face's LlamaForCausalLM.
+
+Source: Touvron et al., "LLaMA", 2023, section 2.2.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hvdlm.config import ModelConfig
+from hvdlm.models.layers import Attention, KVCache, RMSNorm, SwiGLU, fill_normal_, rotary_table
+
+IGNORED_LABEL = -100
+"""Label of a position that does not count (padding, masked text)."""
+
+INIT_STD = 0.02
+
+
+def mlp_width(config: ModelConfig) -> int:
+    """Inner width of the MLP: as configured, or 8/3 of the width rounded up to a multiple of 64."""
+    return config.mlp_width or -(-config.width * 8 // (3 * 64)) * 64
+
+
+@final
+class Block(nn.Module):
+    """Attention, then MLP, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config.width, config.heads, config.kv_heads or config.heads)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = SwiGLU(config.width, mlp_width(config))
+
+    def forward(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x_BTD = x_BTD + self._drop(self.attention(self.attention_norm(x_BTD), rotary, cache, layer))
+        return x_BTD + self._drop(self.mlp(self.mlp_norm(x_BTD)))
+
+    def _drop(self, branch_BTD: Tensor) -> Tensor:
+        return F.dropout(branch_BTD, self.dropout, self.training) if self.dropout else branch_BTD
+
+
+@final
+class Transformer(nn.Module):
+    """Decoder-only language model."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        """Build on the CPU with initial weights that depend only on torch's current seed.
+
+        Args:
+            config: the model section.
+            vocab_size: rows of the embedding, padding included (`hvdlm.models.pad_vocab`).
+        """
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.embedding = nn.utils.skip_init(nn.Embedding, vocab_size, config.width, device="cpu")
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = nn.utils.skip_init(nn.Linear, config.width, vocab_size, bias=False, device="cpu")
+        self.init_weights_()
+
+    def init_weights_(self) -> None:
+        """Normal weights of std 0.02; those that write to the residual stream, 0.02 / sqrt(2 layers).
+
+        Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.3.
+        """
+        for name, weight in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(weight)
+                continue
+            to_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            fill_normal_(weight, INIT_STD / (2 * self.config.layers) ** 0.5 if to_residual else INIT_STD)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, *, last_only: bool = False) -> Tensor:
+        """Predict the token after each position.
+
+        Args:
+            tokens: int64 [B, T], ids below vocab_size.
+            cache: positions read before; these T are added to it.
+            last_only: only the last position's logits, so that a long prompt costs no [B, T, V].
+
+        Returns:
+            Logits [B, T, V], or [B, 1, V] with last_only.
+
+        Raises:
+            ValueError: the cache has no room for T more positions.
+        """
+        first = cache.length if cache else 0
+        x_BTD = self.embedding(tokens)
+        head_size = self.config.width // self.config.heads
+        rotary = rotary_table(
+            first, tokens.shape[1], head_size=head_size, theta=self.config.rope_theta, like=x_BTD
+        )
+        for layer, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, rotary, cache, layer)
+        if cache:
+            cache.advance(tokens.shape[1])
+        x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
+        return F.linear(x_BTD, self._output_weight())
+
+    def loss(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy, so that a caller can weight it by its own token count.
+
+        Args:
+            tokens: int64 [B, T].
+            labels: int64 [B, T], the token after each position; -100 = does not count.
+
+        Returns:
+            Sum of the losses in nats (fp32, 0-d), and the number of labels that count (int64, 0-d).
+        """
+        logits = self(tokens).flatten(0, 1).float()
+        loss_sum = F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORED_LABEL)
+        return loss_sum, (labels != IGNORED_LABEL).sum()
+
+    def new_cache(self, batch: int, positions: int) -> KVCache:
+        """An empty cache for `batch` sequences of at most `positions` tokens, beside the weights."""
+        config = self.config
+        shape = (batch, config.kv_heads or config.heads, positions, config.width // config.heads)
+        return KVCache(config.layers, shape, like=self.embedding.weight.detach())
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations to train on one token (forward and backward), for MFU.
+
+        Six for each weight of a matrix multiplication (two forward, four backward; the embedding is a
+        look-up, the output projection counts also where tied), and 12 D T a layer for attention
+        (causality is not discounted).
+
+        Args:
+            seq_len: tokens in a sequence.
+
+        Source: Chowdhery et al., "PaLM", 2022, appendix B.
+        """
+        matrices = sum(p.numel() for n, p in self.blocks.named_parameters() if not n.endswith("norm.weight"))
+        matrices += self._output_weight().numel()
+        return 6 * matrices + 12 * self.config.layers * self.config.width * seq_len
+
+    def _output_weight(self) -> Tensor:
+        return self.embedding.weight if self.config.tie_embeddings else self.head.weight

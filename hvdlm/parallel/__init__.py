@@ -1,0 +1,8 @@
+"""One optimizer step over many processes: the family of strategies."""
+
+from hvdlm.parallel.allreduce import AllReduce
+from hvdlm.parallel.strategy import Piece, Read, StepStats, Strategy
+
+STRATEGIES = {"allreduce": AllReduce}
+
+__all__ = ["STRATEGIES", "Piece", "Read", "StepStats", "Strategy"]

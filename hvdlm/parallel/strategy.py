@@ -1,0 +1,144 @@
+"""What every way of training on many processes offers to the loop and to checkpoints."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from hvdlm.data.loader import StepBatch
+
+Batch = dict[str, torch.Tensor]
+Loss = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Read = Callable[[str, tuple[int, ...], tuple[int, ...]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step did, equal on all ranks.
+
+    Attributes:
+        loss: mean loss over the labels of the global batch, in nats.
+        count: labels in the global batch.
+        grad_norm: norm of the reduced gradient before clipping.
+        skipped: a gradient was not finite, so nothing was updated on any rank.
+        stop: some rank asked to stop after this step.
+    """
+
+    loss: float
+    count: int
+    grad_norm: float
+    skipped: bool
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of one tensor of the training state, owned by this rank alone.
+
+    Attributes:
+        name: canonical name: `model.*`, `optim.m.*`, `optim.v.*`, `optim.count`, `extra.STRATEGY.*`.
+        global_shape: shape of the whole tensor.
+        offset: where this rectangle starts in it.
+        values: the rectangle, on any device.
+    """
+
+    name: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    values: torch.Tensor
+
+
+class Strategy(ABC):
+    """One optimizer step over many processes, and the training state it keeps.
+
+    The loop does not know how a step is done; a checkpoint does not know how a run was parallel.
+    A model and its strategy live for one world; on a resize both are built anew through `load`.
+    """
+
+    @abstractmethod
+    def step(self, batch: StepBatch, lr: float, *, stop: bool) -> StepStats:
+        """Do one optimizer step on this rank's micro-slots of the global batch.
+
+        Args:
+            batch: this rank's slots, possibly none, and the label count of the global batch.
+            lr: learning rate of this step.
+            stop: this rank wants to stop; rides in the all-reduce of the statistics.
+
+        Collective: yes.
+        """
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        """Loss sum in nats and label count of one micro-batch, without gradients or dropout.
+
+        Collective: no.
+        """
+
+    @abstractmethod
+    def pieces(self) -> Iterator[Piece]:
+        """The part of the training state that this rank owns; every element has one owner.
+
+        Collective: no.
+        """
+
+    @abstractmethod
+    def load(self, read: Read) -> None:
+        """Replace the whole training state.
+
+        Args:
+            read: gives the tensor (name, offset, shape) of the saved state on the CPU; raises
+                KeyError for a name that was not saved.
+
+        Collective: every rank calls it.
+        """
+
+    @abstractmethod
+    def digest(self) -> int:
+        """A 62-bit digest of this rank's parameters, for comparing ranks.
+
+        Collective: no.
+        """
+
+
+def loss_of(model: nn.Module) -> Loss:
+    """A model's `loss(**batch) -> (sum, count)`."""
+    return cast(Loss, model.loss)
+
+
+def evaluate(model: nn.Module, batch: Batch, *, precision: str) -> tuple[float, int]:
+    """Loss sum in nats and label count of one batch, on the model's device, without dropout.
+
+    Collective: no.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    with torch.inference_mode(), autocast(device, precision):
+        total, count = loss_of(model)(**to_device(batch, device))
+    return float(total), int(count)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch where the model is."""
+    return {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+
+
+def seed_(device: torch.device, seed: int) -> None:
+    """Seed the random numbers that a forward pass on `device` draws.
+
+    Not `torch.manual_seed`: where CUDA is not in use it formats a stack trace for later, every time.
+    """
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Compute precision of a forward pass: nothing for fp32, torch's autocast for bf16."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

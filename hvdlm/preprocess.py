@@ -1,0 +1,221 @@
+"""Command: text -> tokenizer -> HDF5 shards. The work is in `hvdlm.corpus`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from hvdlm.config import EXIT_DONE, UserError, run_command
+from hvdlm.corpus.build import Built, build
+from hvdlm.corpus.options import Options
+from hvdlm.corpus.readers import ReadOptions
+from hvdlm.corpus.sources import KINDS
+from hvdlm.data.manifest import Manifest
+from hvdlm.text import TOKENIZERS
+
+DEMO_OUT = Path("data/demo")
+_EXIT_INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Shard a corpus.
+
+    Args:
+        argv: arguments, without the program's name; None = those of the process.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: bad usage or input, or a full disk.
+    """
+    args = _parser().parse_args(argv)
+    if args.inputs and args.out is None:
+        raise UserError("--out DIR is missing: say where the data set of these inputs shall be")
+    if args.val and args.val_fraction is not None:
+        raise UserError("--val and --val-fraction exclude each other; leave one out")
+    options = Options(
+        out=args.out or DEMO_OUT,
+        inputs=tuple(args.inputs),
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+        eos=args.eos,
+        read=ReadOptions(args.field, args.document, args.invalid),
+        val_fraction=Options.val_fraction if args.val_fraction is None else args.val_fraction,
+        val=tuple(args.val),
+        shard_tokens=args.shard_tokens,
+        seed=args.seed,
+    )
+    begun = time.monotonic()
+    try:
+        built = build(options, workers=args.workers, force=args.force)
+    except KeyboardInterrupt:
+        print("hvdlm preprocess: interrupted; nothing was written, run again", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+    print(_summary(options, built, time.monotonic() - begun))
+    return EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m hvdlm.preprocess",
+        description="Tokenize text once into HDF5 shards for training. Without INPUT it takes the demo "
+        "corpus, the sources of Python's standard library.",
+        epilog="The same inputs and options give the same bytes, whatever --workers. "
+        "Exit codes: 0 done, 2 bad usage or input, 1 any other failure.",
+        allow_abbrev=False,
+    )
+    default = Options(DEMO_OUT)
+    _add_input(parser, default)
+    _add_tokenizer(parser, default)
+    _add_splits(parser, default)
+    _add_output(parser, default)
+    return parser
+
+
+def _add_input(parser: argparse.ArgumentParser, default: Options) -> None:
+    kinds = " ".join(KINDS)
+    parser.add_argument(
+        "inputs", nargs="*", metavar="INPUT", help=f"files, folders or quoted globs of {kinds}"
+    )
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "--field",
+        default=default.read.field,
+        metavar="NAME",
+        help="JSON key or Parquet column that holds the text; default: %(default)s",
+    )
+    group.add_argument(
+        "--document",
+        choices=("file", "paragraph", "line"),
+        default=default.read.document,
+        help="a document is a whole file or record, or a paragraph or line of one; default: %(default)s",
+    )
+    group.add_argument(
+        "--invalid",
+        choices=("error", "replace", "skip"),
+        default=default.read.invalid,
+        help="text that is not UTF-8: stop, put U+FFFD in its place, or leave the document out; "
+        "default: %(default)s",
+    )
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser, default: Options) -> None:
+    group = parser.add_argument_group("tokenizer")
+    group.add_argument(
+        "--tokenizer",
+        default=default.tokenizer,
+        metavar="NAME|PATH",
+        help=f"{', '.join(TOKENIZERS)} (bpe and word are trained on the input), or the path of a "
+        "tokenizer.json; default: %(default)s",
+    )
+    group.add_argument(
+        "--vocab-size",
+        type=_count(0),
+        default=default.vocab_size,
+        metavar="N",
+        help="tokens of a trained tokenizer; default: 32768, for the demo corpus 1024",
+    )
+    group.add_argument(
+        "--eos",
+        default=default.eos,
+        metavar="TOKEN",
+        help="token of a tokenizer.json that ends a document; default: by its usual names",
+    )
+
+
+def _add_splits(parser: argparse.ArgumentParser, default: Options) -> None:
+    group = parser.add_argument_group("splits")
+    group.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="F",
+        help="share of the documents that goes to validation, each by its own hash, so equal ones stay "
+        f"together; default: {default.val_fraction}",
+    )
+    group.add_argument(
+        "--val",
+        action="append",
+        default=[],
+        metavar="INPUT",
+        help="take validation from here instead (may be given several times)",
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=default.seed,
+        metavar="S",
+        help="of the order of documents; default: %(default)s",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser, default: Options) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--out", type=Path, metavar="DIR", help=f"folder of the data set; for the demo corpus: {DEMO_OUT}"
+    )
+    group.add_argument("--force", action="store_true", help="replace another data set in DIR")
+    group.add_argument(
+        "--shard-tokens",
+        type=_count(1),
+        default=default.shard_tokens,
+        metavar="N",
+        help="tokens a shard at most; default: %(default)s",
+    )
+    group.add_argument(
+        "--workers",
+        type=_count(1),
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes; default: one a core, here %(default)s",
+    )
+
+
+def _count(at_least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text.replace("_", ""))
+        if value < at_least:
+            raise argparse.ArgumentTypeError(f"found {value}, needed at least {at_least}")
+        return value
+
+    return integer
+
+
+def _summary(options: Options, built: Built, seconds: float) -> str:
+    manifest, counts = built.manifest, built.counts
+    train, val = manifest.split("train"), manifest.split("val")
+    tokens = manifest.tokens("train") + manifest.tokens("val")
+    text_bytes = manifest.text_bytes("train") + manifest.text_bytes("val")
+    documents = f"{manifest.documents('train'):,} train, {manifest.documents('val'):,} val"
+    if counts and counts.empty + counts.skipped:
+        documents += f" (left out: {counts.empty:,} empty, {counts.skipped:,} not UTF-8)"
+    lines = {
+        "documents": documents,
+        "tokens": f"{manifest.tokens('train'):,} train, {manifest.tokens('val'):,} val; "
+        f"{text_bytes / tokens:.2f} bytes of text a token",
+        "tokenizer": f"{options.tokenizer}, {manifest.tokenizer.vocab_size:,} tokens",
+        "shards": f"{len(train)} train, {len(val)} val; "
+        f"{sum(shard.file_bytes for shard in manifest.shards) / 1e6:,.1f} MB",
+    }
+    if counts:
+        lines["time"] = f"{seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB of text a second"
+    lines["folder"] = str(options.out)
+    lines["next"] = _next_command(options, manifest)
+    head = (
+        [] if counts else [f"{options.out} is already there, made from the same inputs with the same options"]
+    )
+    return "\n".join([*head, *(f"{name:<10} {text}" for name, text in lines.items())])
+
+
+def _next_command(options: Options, manifest: Manifest) -> str:
+    data = "" if options.out == DEMO_OUT else f" --data.path {shlex.quote(str(options.out))}"
+    return f"horovodrun -np 2 python -m hvdlm.train{data}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("preprocess", main))

@@ -1,0 +1,159 @@
+"""Checkpoints: folders that exist only when they are whole, and say what they hold.
+
+A checkpoint is `checkpoints/step-00000100/`: one safetensors file a writing rank, `state.json`,
+the run's `config.toml` and `tokenizer.json`, and `MANIFEST.json`, which names every tensor's pieces
+and every file's size and digest. See docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from hvdlm.comm.world import AgreedError, World
+from hvdlm.config import EXIT_CRASH, UserError
+from hvdlm.data.files import fsync, write_atomic
+from hvdlm.parallel.strategy import Piece
+from hvdlm.run.restore import FORMAT, MANIFEST, VERSION, file_digest, folders, manifest_digest
+
+LATEST = "LATEST"
+
+
+def save(
+    folder: Path, pieces: Iterable[Piece], world: World, *, state: dict[str, Any], files: dict[str, bytes]
+) -> Path:
+    """Commit the training state after `state["step"]` completed steps.
+
+    Every rank writes and fsyncs its own pieces into a temporary folder; rank 0 adds the small
+    files and the manifest, and renames. Whatever fails before the rename leaves older
+    checkpoints as they were.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        pieces: this rank's part of the state.
+        world: the ranks that save together.
+        state: what is not a tensor; needs `step`.
+        files: small files to carry, by name.
+
+    Returns:
+        The committed folder.
+
+    Raises:
+        AgreedError: some rank could not write (a full disk, say); on all ranks.
+
+    Collective: yes.
+    """
+    temp = folder / f"step-{state['step']:08d}.tmp-{state['attempt']}"
+    try:
+        return _save(temp, pieces, world, state=state, files=files)
+    except AgreedError:
+        if world.is_root:
+            # Half a checkpoint would keep a full disk full.
+            shutil.rmtree(temp, ignore_errors=True)
+        raise
+
+
+def _save(
+    temp: Path, pieces: Iterable[Piece], world: World, *, state: dict[str, Any], files: dict[str, bytes]
+) -> Path:
+    final_folder = temp.with_name(f"step-{state['step']:08d}")
+    world.on_root(lambda: _make_empty(temp), name="checkpoint.open")
+    written = world.gather_json(_attempt_write(temp, world.rank, pieces), name="checkpoint.written")
+    for rank, outcome in enumerate(written):
+        if "error" in outcome:
+            raise AgreedError(f"rank {rank}: {outcome['error']}", EXIT_CRASH)
+
+    def commit() -> None:
+        _write_manifest(temp, written, state, files)
+        _replace(temp, final_folder)
+
+    world.on_root(commit, name="checkpoint.commit")
+    return final_folder
+
+
+def prune(folder: Path, *, keep_last: int) -> None:
+    """Delete all but the newest checkpoints; each is renamed away first, so that none is ever half there."""
+    for old in folders(folder)[:-keep_last]:
+        doomed = old.with_name(f"{old.name}.tmp-deleted")
+        old.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _attempt_write(temp: Path, rank: int, pieces: Iterable[Piece]) -> dict[str, Any]:
+    """Write this rank's pieces; a failure is returned, so that the ranks can agree on it."""
+    tensors: dict[str, torch.Tensor] = {}
+    records = []
+    file = f"rank-{rank:05d}.safetensors"
+    for piece in pieces:
+        key = piece.name if tuple(piece.values.shape) == piece.global_shape else _piece_key(piece)
+        tensors[key] = piece.values.detach().cpu().contiguous()
+        records.append(
+            {
+                "name": piece.name,
+                "dtype": str(piece.values.dtype).removeprefix("torch."),
+                "global_shape": piece.global_shape,
+                "piece": {"file": file, "key": key, "offset": piece.offset, "shape": piece.values.shape},
+            }
+        )
+    if not tensors:
+        return {"pieces": [], "file": None}
+    try:
+        save_file(tensors, temp / file)
+        fsync(temp / file)
+        return {"pieces": records, "file": file, "digest": file_digest(temp / file)}
+    except (OSError, SafetensorError) as error:
+        return {"error": f"{temp / file}: cannot be written: {error}; free space in the run folder"}
+
+
+def _piece_key(piece: Piece) -> str:
+    return f"{piece.name}@{','.join(map(str, piece.offset))}"
+
+
+def _write_manifest(
+    temp: Path, written: list[dict[str, Any]], state: dict[str, Any], files: dict[str, bytes]
+) -> None:
+    """The small files, then the manifest that makes the folder a checkpoint."""
+    small = {**files, "state.json": (json.dumps(state, indent=1) + "\n").encode()}
+    digests = {w["file"]: w["digest"] for w in written if w["file"]}
+    for name, content in small.items():
+        write_atomic(temp / name, content)
+        digests[name] = file_digest(temp / name)
+    tensors: dict[str, dict[str, Any]] = {}
+    for record in (r for w in written for r in w["pieces"]):
+        tensor = tensors.setdefault(
+            record["name"], {"shape": record["global_shape"], "dtype": record["dtype"], "pieces": []}
+        )
+        tensor["pieces"].append(record["piece"])
+    manifest = {"format": FORMAT, "version": VERSION, "files": digests, "tensors": tensors}
+    manifest["digest"] = manifest_digest(manifest)
+    write_atomic(temp / MANIFEST, (json.dumps(manifest) + "\n").encode())
+
+
+def _replace(temp: Path, final_folder: Path) -> None:
+    """Rename into place; an older checkpoint of the same step is moved away first."""
+    old = final_folder.with_name(f"{final_folder.name}.old")
+    try:
+        if final_folder.exists():
+            final_folder.rename(old)
+        temp.rename(final_folder)
+        fsync(final_folder.parent)
+    except OSError as error:
+        raise UserError(f"{final_folder}: cannot be committed: {error}", EXIT_CRASH) from error
+    shutil.rmtree(old, ignore_errors=True)
+    write_atomic(final_folder.parent / LATEST, f"{final_folder.name}\n".encode())
+
+
+def _make_empty(folder: Path) -> None:
+    try:
+        for stale in folder.parent.glob("step-*.tmp-*"):
+            shutil.rmtree(stale)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created: {error}; check the run folder", EXIT_CRASH) from error

@@ -1,0 +1,133 @@
+"""A run's folder at start-up: is it new, finished, or to be resumed, and may this configuration go on?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hvdlm.config import UserError
+from hvdlm.run import exit_record, ledger, restore
+
+CHECKPOINTS = "checkpoints"
+
+# What may change when a run goes on; anything else would make it another run. data.path may move
+# because the data set's fingerprint is compared instead.
+_FREE_SECTIONS = ("parallel", "log", "eval", "checkpoint")
+_FREE_KEYS = {
+    "train.steps",
+    "train.tokens",
+    "train.micro_batch",
+    "train.out",
+    "train.device",
+    "train.stop_margin_s",
+    "data.path",
+    "data.prefetch",
+    "data.verify",
+}
+_SCHEDULE_KEYS = {"train.steps", "train.tokens"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """How this attempt begins.
+
+    Attributes:
+        attempt: number of this start of the run, from 1.
+        checkpoint: folder to load, or '' for a new run.
+        step: completed steps in it.
+        notes: lines for the user.
+    """
+
+    attempt: int
+    checkpoint: str
+    step: int
+    notes: list[str]
+
+    def to_json(self) -> str:
+        """For telling other ranks."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Start:
+        """What `to_json` returned."""
+        return Start(**json.loads(text))
+
+
+def open_run(run_folder: Path, *, resume: str, config: dict[str, Any], fingerprints: dict[str, str]) -> Start:
+    """Decide how a run starts, and mark its folder as running; for rank 0.
+
+    Args:
+        run_folder: created where missing.
+        resume: 'auto', 'never' or a checkpoint's path.
+        config: every knob under its dotted name.
+        fingerprints: `data` and `tokenizer` of this run.
+
+    Returns:
+        The attempt's number and what to load.
+
+    Raises:
+        UserError: the folder is used and must not be, the checkpoint is damaged, or the
+            configuration or the data differ in what must stay.
+    """
+    checkpoints = run_folder / CHECKPOINTS
+    attempt = max(ledger.attempts(run_folder), exit_record.read(run_folder).get("attempt", 0)) + 1
+    if resume == "never" and (attempt > 1 or restore.folders(checkpoints)):
+        raise UserError(
+            f"{run_folder}: checkpoint.resume=never, but the folder holds a run; choose another train.out "
+            "or delete it"
+        )
+    folder, notes = _choose(checkpoints, resume)
+    step = 0
+    if folder is not None:
+        saved = restore.open_checkpoint(folder)
+        step = saved.step
+        notes += _compare(folder, saved.state, config, fingerprints)
+    _make(run_folder)
+    return Start(attempt, str(folder or ""), step, notes)
+
+
+def _choose(checkpoints: Path, resume: str) -> tuple[Path | None, list[str]]:
+    if resume in ("auto", "never"):
+        return restore.newest_valid(checkpoints)
+    folder = restore.open_checkpoint(Path(resume)).folder
+    newer = [p.name for p in restore.folders(checkpoints) if p.name > folder.name]
+    if newer:
+        raise UserError(
+            f"{checkpoints}: holds {newer[-1]}, newer than checkpoint.resume={resume}: the next start would "
+            "take that one; choose another train.out"
+        )
+    return folder, []
+
+
+def _compare(
+    folder: Path, state: dict[str, Any], config: dict[str, Any], fingerprints: dict[str, str]
+) -> list[str]:
+    """Notes on what changed; an error for what must not."""
+    for kind, found in fingerprints.items():
+        if state["fingerprints"][kind] != found:
+            raise UserError(
+                f"{folder}: was trained on another {kind} (fingerprint {state['fingerprints'][kind][:12]}, "
+                f"found {found[:12]}); give data.path the data set it began with, or another train.out"
+            )
+    config = json.loads(json.dumps(config))
+    old = state["config"]
+    changed = [key for key in sorted(old.keys() | config.keys()) if old.get(key) != config.get(key)]
+    frozen = [k for k in changed if k.partition(".")[0] not in _FREE_SECTIONS and k not in _FREE_KEYS]
+    if frozen:
+        differences = ", ".join(f"{k} was {old.get(k)}, is {config.get(k)}" for k in frozen)
+        raise UserError(
+            f"{folder}: cannot go on with another configuration: {differences}; "
+            "put it back, or choose another train.out"
+        )
+    return [f"{k} was {old.get(k)}, is {config.get(k)}" for k in changed if k in _SCHEDULE_KEYS]
+
+
+def _make(run_folder: Path) -> None:
+    try:
+        (run_folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{run_folder}: cannot be created: {error.strerror}; choose another train.out"
+        ) from error

@@ -1,0 +1,101 @@
+"""ledger.jsonl: which samples each optimizer step consumed, over every attempt of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, final
+
+from hvdlm.data.loader import StepBatch
+
+FILE_NAME = "ledger.jsonl"
+
+
+@final
+class Ledger:
+    """Appends this attempt's rows; rank 0 alone holds one.
+
+    An attempt opens with `{"attempt", "resumed_at"}`: rows of earlier attempts from step
+    `resumed_at` on are void, because their work was done again.
+
+    Args:
+        run_folder: where the file lies; it is created if missing.
+        attempt: number of this start of the run, from 1.
+        resumed_at: first step this attempt does.
+    """
+
+    def __init__(self, run_folder: Path, *, attempt: int, resumed_at: int) -> None:
+        self._attempt = attempt
+        end_last_line(run_folder / FILE_NAME)
+        self._file = (run_folder / FILE_NAME).open("a", encoding="utf-8")
+        self._write({"attempt": attempt, "resumed_at": resumed_at})
+        self.sync()
+
+    def add(self, batch: StepBatch, *, world_size: int) -> None:
+        """Note that a step consumed the samples [first_sample, end_sample)."""
+        self._write(
+            {
+                "step": batch.step,
+                "first_sample": batch.first_sample,
+                "end_sample": batch.end_sample,
+                "world_size": world_size,
+                "attempt": self._attempt,
+            }
+        )
+
+    def sync(self) -> None:
+        """Make all rows durable; called before a checkpoint is committed."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.sync()
+        self._file.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+
+
+def attempts(run_folder: Path) -> int:
+    """How often the run was started, by its ledger; 0 where there is none."""
+    path = run_folder / FILE_NAME
+    if not path.exists():
+        return 0
+    numbers = [row["attempt"] for row in read_rows(path) if "resumed_at" in row]
+    return max(numbers, default=0)
+
+
+def valid_rows(run_folder: Path) -> list[dict[str, Any]]:
+    """The rows that count, in step order: voided ones left out."""
+    rows: dict[int, dict[str, Any]] = {}
+    for row in read_rows(run_folder / FILE_NAME):
+        if "resumed_at" in row:
+            rows = {step: kept for step, kept in rows.items() if step < row["resumed_at"]}
+        else:
+            rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; a line that a crash cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def end_last_line(path: Path) -> None:
+    """End a line that a crash cut short, so that the next one does not continue it."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")

@@ -1,0 +1,221 @@
+"""Checkpoints found, checked and read back."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+import torch
+import xxhash
+from safetensors import safe_open
+from torch import nn
+
+from hvdlm.config import UserError
+
+FORMAT = "hvdlm-checkpoint"
+VERSION = 1
+MANIFEST = "MANIFEST.json"
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+@final
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint, opened for reading.
+
+    Attributes:
+        folder: where it lies.
+        manifest: the content of MANIFEST.json.
+        state: the content of state.json.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Completed optimizer steps."""
+        return int(self.state["step"])
+
+    def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        """A rectangle of a saved tensor, put together from the pieces that cover it.
+
+        Raises:
+            KeyError: no tensor of this name was saved.
+            UserError: the saved tensor is smaller or of another rank.
+        """
+        saved = self.manifest["tensors"][name]
+        _check_inside(self.folder, name, saved["shape"], offset, shape)
+        values: torch.Tensor | None = None
+        for piece in saved["pieces"]:
+            source, target = _overlap(piece, offset, shape)
+            if source is None:
+                continue
+            part = self._open(piece["file"]).get_slice(piece["key"])[source] if source else None
+            part = self._open(piece["file"]).get_tensor(piece["key"]) if part is None else part
+            if tuple(part.shape) == shape:
+                return part
+            values = torch.empty(shape, dtype=part.dtype) if values is None else values
+            values[target] = part
+        if values is None:
+            raise KeyError(name)
+        return values
+
+    def load_model_(self, model: nn.Module) -> None:
+        """Fill a model of the same shape.
+
+        Raises:
+            UserError: a tensor is missing or has another shape.
+        """
+        with torch.no_grad():
+            for name, values in model.state_dict().items():
+                try:
+                    values.copy_(self.read(f"model.{name}", (0,) * values.dim(), tuple(values.shape)))
+                except KeyError as error:
+                    raise UserError(f"{self.folder}: holds no {name}: it is of another model") from error
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer the run was trained with."""
+        return self.folder / "tokenizer.json"
+
+    @property
+    def config_path(self) -> Path:
+        """The run's resolved configuration."""
+        return self.folder / "config.toml"
+
+    def _open(self, file: str) -> Any:
+        return self._files.setdefault(file, safe_open(self.folder / file, framework="pt"))
+
+    @cached_property
+    def _files(self) -> dict[str, Any]:
+        return {}
+
+
+def folders(checkpoints: Path) -> list[Path]:
+    """The committed checkpoints of a run, oldest first."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(
+        (p for p in checkpoints.iterdir() if _STEP_FOLDER.fullmatch(p.name)),
+        key=lambda p: int(p.name.partition("-")[2]),
+    )
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint folder, or the newest valid one of a run folder.
+
+    Raises:
+        UserError: there is none, or the named one is damaged.
+    """
+    if (path / MANIFEST).exists() or _STEP_FOLDER.fullmatch(path.name):
+        problem = find_problem(path)
+        if problem:
+            raise UserError(f"{path}: damaged checkpoint: {problem}; use an older one")
+        return reopen(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run folder; train first: python -m hvdlm.train")
+    for folder in reversed(folders(path / "checkpoints")):
+        if find_problem(folder) is None:
+            return reopen(folder)
+    raise UserError(
+        f"{path}: no valid checkpoint in {path / 'checkpoints'}; train first: python -m hvdlm.train"
+    )
+
+
+def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose every byte is as it was written.
+
+    A damaged one is renamed `.corrupt` and passed over; the LATEST file is not asked.
+
+    Returns:
+        Its folder or None, and a line for each damaged one.
+    """
+    damaged: list[str] = []
+    for folder in reversed(folders(checkpoints)):
+        problem = find_problem(folder)
+        if problem is None:
+            return folder, damaged
+        corrupt = folder.with_name(f"{folder.name}.corrupt")
+        for i in range(1, 1000):
+            if not corrupt.exists():
+                break
+            corrupt = folder.with_name(f"{folder.name}.corrupt{i}")
+        folder.rename(corrupt)
+        damaged.append(f"{folder}: {problem}; renamed {corrupt.name}")
+    return None, damaged
+
+
+def find_problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint: every file's size and digest is compared; None if nothing."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+            return f"is {manifest['format']} {manifest['version']}, this hvdlm reads {FORMAT} {VERSION}"
+        if manifest["digest"] != manifest_digest(manifest):
+            return f"{MANIFEST} was changed after it was written"
+        for name, expected in manifest["files"].items():
+            found = file_digest(folder / name)
+            if found["bytes"] != expected["bytes"]:
+                return f"{name} has {found['bytes']} bytes, needed {expected['bytes']}"
+            if found["xxh3_128"] != expected["xxh3_128"]:
+                return f"{name} does not have the content that was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def file_digest(path: Path) -> dict[str, Any]:
+    """Size in bytes and xxh3_128 of a whole file."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """xxh3_128 of a manifest's canonical JSON without its own `digest`."""
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def reopen(folder: Path) -> Checkpoint:
+    """Open a checkpoint that another rank has just checked."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return Checkpoint(folder, manifest, state)
+
+
+def _check_inside(
+    folder: Path, name: str, saved: list[int], offset: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    inside = len(saved) == len(shape) and all(
+        o + n <= total for o, n, total in zip(offset, shape, saved, strict=True)
+    )
+    if not inside or (not any(offset) and list(shape) != saved):
+        raise UserError(
+            f"{folder}: {name} has shape {saved}, the model needs {list(shape)}: it is a checkpoint of "
+            "another model; use the configuration it was trained with, or another train.out"
+        )
+
+
+def _overlap(
+    piece: dict[str, Any], offset: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[tuple[slice, ...] | None, tuple[slice, ...]]:
+    """Where a saved rectangle and a wanted one meet, in the coordinates of each."""
+    source, target = [], []
+    for o, n, p, m in zip(offset, shape, piece["offset"], piece["shape"], strict=True):
+        low, high = max(o, p), min(o + n, p + m)
+        if low >= high:
+            return None, ()
+        source.append(slice(low - p, high - p))
+        target.append(slice(low - o, high - o))
+    return tuple(source), tuple(target)

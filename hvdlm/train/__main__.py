@@ -1,0 +1,89 @@
+"""``python -m hvdlm.train``: train a language model, alone or under mpirun, horovodrun or srun.
+
+With no argument it trains the demo recipe, and shards the demo corpus first if it is not there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from hvdlm.comm import launch, world
+from hvdlm.comm.world import AgreedError, World
+from hvdlm.config import EXIT_DONE, EXIT_USAGE, DataConfig, RunConfig, UserError, run_command, total_steps
+from hvdlm.config.parse import DEFAULT_RECIPE, load_config
+from hvdlm.corpus import demo
+from hvdlm.run import crash
+from hvdlm.train.loop import train
+from hvdlm.train.session import agree_on_start, open_session
+
+
+def main(argv: list[str] | None = None) -> int:
+    here = launch.Launch("single")
+    try:
+        here = launch.classify(os.environ)
+        config, recipe = load_config(sys.argv[1:] if argv is None else argv, prog="python -m hvdlm.train")
+        _prepare_demo(config, recipe, here)
+    except UserError:
+        if here.rank == 0:
+            raise
+        return EXIT_USAGE
+    settings = launch.process_settings(
+        here,
+        config.parallel,
+        env=os.environ,
+        cores=len(os.sched_getaffinity(0)),
+        gpus=torch.cuda.device_count(),
+    )
+    run_folder = Path(f"data/runs/{recipe}" if config.train.out == "auto" else config.train.out)
+    return _run(config, run_folder, world.init(here, settings))
+
+
+def _prepare_demo(config: RunConfig, recipe: str, here: launch.Launch) -> None:
+    """Shard the demo corpus where the demo recipe lacks it: before MPI starts, as it takes processes."""
+    own = recipe == DEFAULT_RECIPE and config.data.path == DataConfig().path
+    if own and here.rank == 0 and not (Path(config.data.path) / "manifest.json").exists():
+        demo.prepare(Path(config.data.path))
+
+
+def _run(config: RunConfig, run_folder: Path, ranks: World) -> int:
+    """Train; whatever happens, all ranks end together."""
+    attempt = 0
+    try:
+        agreed = agree_on_start(config, run_folder, ranks)
+        if agreed.start.step >= total_steps(config):
+            exit_code = _say_finished(run_folder, agreed.start.step, ranks)
+        else:
+            attempt = agreed.start.attempt
+            crash.end_job_on_thread_errors(ranks, run_folder, attempt)
+            exit_code = train(open_session(config, run_folder, ranks, agreed))
+        ranks.close()
+        return exit_code
+    except AgreedError as error:
+        return _leave_together(error, run_folder, attempt, ranks)
+    except BaseException as error:
+        crash.end_job("train", error, ranks, run_folder=run_folder if attempt else None, attempt=attempt)
+        raise
+
+
+def _say_finished(run_folder: Path, step: int, ranks: World) -> int:
+    if ranks.is_root:
+        print(f"{run_folder}: finished, all {step} steps are done; raise train.steps to go on", flush=True)
+    return EXIT_DONE
+
+
+def _leave_together(error: AgreedError, run_folder: Path, attempt: int, ranks: World) -> int:
+    """Every rank has this error: rank 0 reports it, and all leave in order."""
+    if ranks.is_root:
+        print(f"hvdlm train: error: {error}", file=sys.stderr, flush=True)
+        if attempt:
+            crash.record(run_folder, attempt=attempt, rank=0, exit_code=error.exit_code, error=str(error))
+    ranks.close()
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("train", main))

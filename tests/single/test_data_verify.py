@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from data_sets import (
+    EOS,
+    TOKENIZER_BYTES,
+    flip_bit,
+    make_data_set,
+    overwrite,
+    random_documents,
+    tokenizer_info,
+)
+
+from hvdlm.config import UserError
+from hvdlm.data.digests import digest_blocks, digest_content, digest_file
+from hvdlm.data.entries import BLOCK_TOKENS
+from hvdlm.data.manifest import Manifest, write_manifest
+from hvdlm.data.shards import write_shard
+from hvdlm.data.verify import BackgroundVerifier, verify_blocks
+from hvdlm.data.verify_all import verify_folder
+
+SIZES = {"train-00000": BLOCK_TOKENS * 2 + 5, "train-00001": 3000, "val-00000": BLOCK_TOKENS + 1}
+BLOCKS = 3 + 1 + 2
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> tuple[Path, Manifest]:
+    return tmp_path, make_data_set(tmp_path, SIZES)[0]
+
+
+def found(folder: Path) -> list[tuple[str, int | None]]:
+    return [(problem.file, problem.block) for problem in verify_folder(folder)]
+
+
+def test_an_intact_data_set_has_no_problem(data: tuple[Path, Manifest]) -> None:
+    reported = []
+    assert verify_folder(data[0], report=lambda entry: reported.append(entry.name)) == []
+    assert reported == ["train-00000.h5", "train-00001.h5", "val-00000.h5"]
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_flipped_bit_in_the_tokens_names_shard_and_block(data: tuple[Path, Manifest], block: int) -> None:
+    folder, manifest = data
+    entry = manifest.shards[0]
+    flip_bit(folder / entry.name, entry.extents.tokens.offset + 2 * BLOCK_TOKENS * block + 7)
+    flip_bit(folder / "val-00000.h5", manifest.shards[2].extents.tokens.offset)
+    assert found(folder) == [(entry.name, block), ("val-00000.h5", 0)]
+    first = block * BLOCK_TOKENS
+    last = min(first + BLOCK_TOKENS, entry.tokens) - 1
+    message = f"train-00000.h5: block {block}: tokens {first} to {last} do not match their digest"
+    assert str(verify_folder(folder)[0]) == message
+    problems = list(verify_blocks(folder, manifest, share=(0, 1)))
+    assert [(p.file, p.block) for p in problems] == [(entry.name, block), ("val-00000.h5", 0)]
+
+
+def test_a_flipped_bit_in_the_digest_table_does_not_accuse_the_tokens(data: tuple[Path, Manifest]) -> None:
+    folder, manifest = data
+    flip_bit(folder / "train-00000.h5", manifest.shards[0].extents.block_xxh3.offset + 8)
+    (problem,) = verify_folder(folder)
+    assert problem.block is None
+    assert "table of block digests is damaged, its tokens are intact" in problem.message
+
+
+def test_a_flipped_bit_in_the_documents_or_elsewhere_is_found(data: tuple[Path, Manifest]) -> None:
+    folder, manifest = data
+    path, entry = folder / "train-00001.h5", manifest.shards[1]
+    for offset in (entry.extents.doc_offsets.offset, entry.extents.doc_offsets.offset + 8 * 20):
+        flip_bit(path, offset)
+        assert "doc_offsets" in verify_folder(folder)[0].message
+        flip_bit(path, offset)
+    for offset in (0, 9, 700, entry.extents.tokens.offset - 1):
+        flip_bit(path, offset)
+        assert "outside its tokens" in verify_folder(folder)[0].message
+        flip_bit(path, offset)
+    assert verify_folder(folder) == []
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    manifest, _ = make_data_set(tmp_path, {"train-00000": 3000})
+    entry, path = manifest.shards[0], tmp_path / "train-00000.h5"
+    rng = np.random.default_rng(0)
+    extents = entry.extents
+    interesting = [0, 4096, extents.tokens.offset, extents.tokens.end, extents.doc_offsets.offset]
+    places = [int(rng.integers(0, entry.file_bytes)) for _ in range(20)]
+    places += [int(rng.integers(start, start + 800)) for start in interesting for _ in range(8)]
+    for place in places:
+        place = min(place, entry.file_bytes - 1)
+        flip_bit(path, place, int(rng.integers(8)))
+        assert found(tmp_path), place
+        path.unlink()
+        make_data_set(tmp_path, {"train-00000": 3000})
+
+
+def test_truncated_grown_missing_and_special_files_are_named(data: tuple[Path, Manifest]) -> None:
+    folder, manifest = data
+    path, size = folder / "train-00001.h5", manifest.shards[1].file_bytes
+    for length in (size - 1, size + 1, 1 << 20, 0):
+        os.truncate(path, length)
+        (problem,) = verify_folder(folder)
+        assert problem.file == path.name
+        assert f"has {length} bytes, the manifest says {size}" in problem.message
+    path.unlink()
+    assert "missing" in verify_folder(folder)[0].message
+    os.mkfifo(path)
+    assert "not a regular file" in verify_folder(folder)[0].message
+    (problem,) = verify_blocks(folder, manifest, share=(0, 1))
+    assert "not a regular file" in problem.message
+
+
+def test_another_tokenizer_is_noticed(data: tuple[Path, Manifest]) -> None:
+    folder, _ = data
+    (folder / "tokenizer.json").write_bytes(TOKENIZER_BYTES + b" ")
+    assert [problem.message for problem in verify_folder(folder)] == [
+        "not the tokenizer that made the shards (sha256)"
+    ]
+    (folder / "tokenizer.json").unlink()
+    assert "cannot be read: No such file" in verify_folder(folder)[0].message
+    with pytest.raises(
+        UserError, match=r"no manifest.json, so no data set; run python -m hvdlm.preprocess --out"
+    ):
+        verify_folder(folder / "nowhere")
+
+
+def forge(folder: Path, name: str, ids: np.ndarray) -> None:
+    """Put other tokens into a shard and make every digest right again, as a broken writer would."""
+    info = tokenizer_info()
+    good, offsets = random_documents(len(ids), seed=1)
+    entry = write_shard(folder / name, good, offsets, split="train", text_bytes=1, tokenizer=info)
+    with h5py.File(folder / name, "r+") as file:
+        file["tokens"][:] = ids
+        file["block_xxh3"][:] = blocks = digest_blocks(ids.astype("<u2"))
+    digests = {"xxh3_128": digest_file(folder / name), "content_xxh3_128": digest_content(blocks, offsets)}
+    write_manifest(folder, [replace(entry, **digests)], tokenizer=info)
+
+
+def test_right_digests_of_wrong_content_are_not_enough(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(TOKENIZER_BYTES)
+    ids, offsets = random_documents(BLOCK_TOKENS + 100, seed=1)
+    forge(tmp_path, "train-00000.h5", ids)
+    assert verify_folder(tmp_path) == []
+    beyond = ids.copy()
+    beyond[BLOCK_TOKENS + 3] = 300
+    forge(tmp_path, "train-00000.h5", beyond)
+    assert [str(p) for p in verify_folder(tmp_path)] == ["train-00000.h5: block 1: holds an id beyond 299"]
+    for document in (0, int(np.searchsorted(offsets, BLOCK_TOKENS)), -1):
+        endless = ids.copy()
+        endless[offsets[1:][document] - 1] = EOS + 1
+        forge(tmp_path, "train-00000.h5", endless)
+        (problem,) = verify_folder(tmp_path)
+        assert problem.message == "a document does not end with id 0"
+        assert problem.block == (offsets[1:][document] - 1) // BLOCK_TOKENS
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 6, 9])
+def test_shares_check_every_block_exactly_once(data: tuple[Path, Manifest], parts: int) -> None:
+    folder, manifest = data
+    for entry in manifest.shards:
+        table = entry.extents.block_xxh3
+        overwrite(folder / entry.name, table.offset, bytes(8 * table.size))
+    shares = [list(verify_blocks(folder, manifest, share=(d, parts))) for d in range(parts)]
+    places = [(problem.file, problem.block) for share in shares for problem in share]
+    assert len(places) == len(set(places)) == BLOCKS
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_verification_keeps_to_its_speed_and_stops_when_asked(data: tuple[Path, Manifest]) -> None:
+    folder, manifest = data
+    started = time.monotonic()
+    assert list(verify_blocks(folder, manifest, share=(0, 1), bytes_per_s=2e7)) == []
+    assert time.monotonic() - started > 0.2
+    stop = threading.Event()
+    stop.set()
+    assert list(verify_blocks(folder, manifest, share=(0, 1), bytes_per_s=1.0, stop=stop)) == []
+
+
+def wait_for(verifier: BackgroundVerifier) -> None:
+    for _ in range(1000):
+        if verifier.done():
+            return
+        time.sleep(0.01)
+    raise AssertionError("the verifier did not end")
+
+
+def test_the_background_verifier_reports_the_first_problem_with_a_cure(data: tuple[Path, Manifest]) -> None:
+    folder, manifest = data
+    verifier = BackgroundVerifier(folder, manifest, share=(0, 1))
+    wait_for(verifier)
+    assert verifier.problem() is None
+    flip_bit(folder / "val-00000.h5", manifest.shards[2].extents.tokens.offset)
+    verifier = BackgroundVerifier(folder, manifest, share=(1, 2))
+    wait_for(verifier)
+    verifier.close()
+    assert (verifier.problem() or "").startswith(
+        f"{folder}/val-00000.h5: block 0: tokens 0 to 1048575 do not match their digest; "
+        f"run python -m hvdlm.dataset verify {folder}"
+    )
+
+
+def test_a_slow_background_verifier_closes_at_once(data: tuple[Path, Manifest]) -> None:
+    verifier = BackgroundVerifier(*data, share=(0, 1), bytes_per_s=1.0)
+    started = time.monotonic()
+    verifier.close()
+    assert verifier.done()
+    assert verifier.problem() is None
+    assert time.monotonic() - started < 4
+
+
+def test_a_hostile_structure_with_right_digests_is_a_problem(data: tuple[Path, Manifest]) -> None:
+    folder, manifest = data
+    entry = manifest.shards[1]
+    with h5py.File(folder / entry.name, "r+") as file:
+        file["more"] = h5py.ExternalLink("/etc/passwd", "/")
+    size = (folder / entry.name).stat().st_size
+    forged = replace(entry, file_bytes=size, xxh3_128=digest_file(folder / entry.name))
+    write_manifest(folder, [manifest.shards[0], forged, manifest.shards[2]], tokenizer=manifest.tokenizer)
+    (problem,) = verify_folder(folder)
+    assert str(problem) == "train-00001.h5: must hold exactly block_xxh3, doc_offsets, tokens"
+
+
+def test_neither_training_nor_its_verification_imports_hdf5() -> None:
+    script = "import sys; sys.modules['h5py'] = None; import hvdlm.data.loader, hvdlm.data.verify"
+    subprocess.run([sys.executable, "-c", script], check=True)

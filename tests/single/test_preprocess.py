@@ -1,0 +1,425 @@
+"""The command as its users run it."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import h5py
+import numpy as np
+import psutil
+import pytest
+
+from hvdlm import preprocess
+from hvdlm.config import run_command
+from hvdlm.corpus import demo, existing, plan, stdlib
+from hvdlm.data.manifest import read_manifest
+from hvdlm.text import TOKENIZERS
+from hvdlm.text.tokenizer import from_library, load
+
+SPECIAL = [
+    "\x00nul\x00",
+    "cr\r\nlf\r\n",
+    "👩‍👩‍👧 e\u0301 人人生而自由",
+    "<|endoftext|> <EOS>",
+    " \n",
+    "y" * 100_000,
+]
+
+
+@pytest.fixture(autouse=True)
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small input makes a plan of several tasks."""
+    monkeypatch.setattr(plan, "MIN_TASK_BYTES", 1 << 17)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half a megabyte in two kinds of files, with nasty, equal, empty and long documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    source = random.Random(0)
+    words = ["".join(source.choices("abcdefghij", k=source.randrange(1, 8))) for _ in range(300)]
+    texts = [" ".join(source.choices(words, k=source.randrange(1, 200))) for _ in range(800)]
+    texts[100:100] = [*SPECIAL, "", "", *["twin"] * 20]
+    rows = [json.dumps({"text": text}) + "\n" for text in texts]
+    (folder / "a.jsonl").write_text("".join(rows))
+    for i, text in enumerate(texts[:50]):
+        (folder / f"{i:03d}.txt").write_bytes(text.encode())
+    return folder
+
+
+def texts_of(corpus: Path) -> list[str]:
+    rows = [json.loads(line)["text"] for line in (corpus / "a.jsonl").read_text().split("\n") if line]
+    return [*rows, *(path.read_bytes().decode() for path in corpus.glob("*.txt"))]
+
+
+def run(*args: str | Path) -> int:
+    return run_command("preprocess", lambda: preprocess.main([str(arg) for arg in args]))
+
+
+def decoded(folder: Path, split: str) -> list[str]:
+    """Every document of a data set, read with nothing but HDF5 and the tokenizer."""
+    tokenizer = load(folder / "tokenizer.json")
+    found = []
+    for path in sorted(folder.glob(f"{split}-*.h5")):
+        with h5py.File(path) as file:
+            tokens, offsets = file["tokens"][:], file["doc_offsets"][:].tolist()
+        for start, end in pairwise(offsets):
+            assert tokens[end - 1] == tokenizer.eos_id
+            assert tokenizer.eos_id not in tokens[start : end - 1]
+            found.append(tokenizer.decode(tokens[start : end - 1]))
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_nothing_is_lost_and_twins_stay_together(tokenizer: str, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    size = ["--vocab-size", "400"] if tokenizer == "bpe" else []
+    assert (
+        run(corpus, "--out", out, "--tokenizer", tokenizer, *size, "--workers", 1, "--val-fraction", 0.1) == 0
+    )
+    train, val = decoded(out, "train"), decoded(out, "val")
+    expected = sorted(text for text in texts_of(corpus) if text)
+    assert sorted(train + val) == expected
+    assert not {*train} & {*val}
+    assert 0.05 < len(val) / len(expected) < 0.15
+    manifest = read_manifest(out)
+    assert manifest.tokenizer.sha256 == load(out / "tokenizer.json").fingerprint
+    for split, texts in (("train", train), ("val", val)):
+        assert manifest.text_bytes(split) == sum(len(text.encode()) for text in texts)
+        assert manifest.documents(split) == len(texts)
+
+
+def test_workers_do_not_show_and_the_seed_does(corpus: Path, tmp_path: Path) -> None:
+    for name, workers, seed in [("one", 1, 0), ("three", 3, 0), ("other", 1, 1)]:
+        arguments = ["--vocab-size", 300, "--workers", workers, "--seed", seed, "--shard-tokens", 30_000]
+        assert run(corpus, "--out", tmp_path / name, *arguments) == 0
+    one, three, other = (contents(tmp_path / name) for name in ("one", "three", "other"))
+    assert one == three
+    assert len([name for name in one if name.startswith("train")]) > 4
+    assert all(shard.tokens <= 30_000 for shard in read_manifest(tmp_path / "one").shards)
+    assert one["train-00000.h5"] != other["train-00000.h5"]
+    assert sorted(decoded(tmp_path / "one", "val")) == sorted(decoded(tmp_path / "other", "val"))
+
+
+def test_a_document_longer_than_a_shard_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 1000)
+    (tmp_path / "b.txt").write_text("b" * 10)
+    out = tmp_path / "out"
+    arguments = ["--val", tmp_path / "b.txt", "--tokenizer", "byte", "--shard-tokens", 101, "--workers", 1]
+    assert run(tmp_path / "a.txt", *arguments, "--out", out) == 0
+    assert decoded(out, "train") == ["a" * 100] * 10
+    assert decoded(out, "val") == ["b" * 10]
+    assert read_manifest(out).text_bytes("train") == 1000
+
+
+def test_word_tokenizer_and_a_given_one(corpus: Path, tmp_path: Path) -> None:
+    assert run(corpus, "--out", tmp_path / "w", "--tokenizer", "word", "--workers", 1) == 0
+    given = tmp_path / "w" / "tokenizer.json"
+    (tmp_path / "val.txt").write_text("abc unseen")
+    arguments = ["--val", tmp_path / "val.txt", "--tokenizer", given, "--workers", 1, "--document", "line"]
+    assert run(corpus / "000.txt", "--out", tmp_path / "g", *arguments) == 0
+    assert (tmp_path / "g" / "tokenizer.json").read_bytes() == given.read_bytes()
+    assert decoded(tmp_path / "g", "val")[0].endswith("<UNK>")
+    assert read_manifest(tmp_path / "g").tokenizer.eos_id == 3
+
+
+def test_large_vocabularies_are_stored_in_four_bytes(tmp_path: Path) -> None:
+    library = TOKENIZERS["byte"]([], 0)
+    library.add_tokens([f"tok{i}" for i in range(70_000)])
+    (tmp_path / "t.json").write_bytes(from_library(library).json_bytes)
+    (tmp_path / "a.txt").write_text("atok69999z\nb\nc\n")
+    arguments = [
+        "--tokenizer",
+        tmp_path / "t.json",
+        "--document",
+        "line",
+        "--val-fraction",
+        0.5,
+        "--workers",
+        1,
+    ]
+    assert run(tmp_path / "a.txt", "--out", tmp_path / "out", *arguments) == 0
+    with h5py.File(tmp_path / "out" / "train-00000.h5") as file:
+        assert file["tokens"].dtype == np.dtype("<u4")
+    documents = decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")
+    assert sorted(documents) == ["atok69999z", "b", "c"]
+
+
+def test_twice_is_already_there_and_a_difference_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "a.txt", tmp_path / "out"
+    source.write_text("some\nlines\nof\ntext\n" * 50)
+    base = [
+        source,
+        "--out",
+        out,
+        "--document",
+        "line",
+        "--val-fraction",
+        0.4,
+        "--workers",
+        1,
+        "--vocab-size",
+        260,
+    ]
+    assert run(*base) == 0
+    before = contents(out)
+    assert run(*base[:-4], "--workers", 2, *base[-2:]) == 0
+    assert "is already there, made from the same inputs" in capsys.readouterr().out
+    assert run(*base, "--seed", 4) == 2
+    assert f"{out}: holds a data set made otherwise (seed 0 then, 4 now)" in capsys.readouterr().err
+    os.utime(source, ns=(5, 5))
+    assert run(*base) == 2
+    assert "(inputs files=1" in capsys.readouterr().err
+    assert contents(out) == before
+    assert run(*base, "--seed", 4, "--force") == 0
+    assert contents(out) != before
+    (out / "train-00000.h5").write_bytes(b"")
+    assert run(*base, "--seed", 4) == 2
+    assert "train-00000.h5: missing or damaged" in capsys.readouterr().err
+
+
+def test_a_failed_force_keeps_the_old_data_set(tmp_path: Path) -> None:
+    good, bad, out = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "out"
+    good.write_text("some\nlines\nof\ntext\n" * 50)
+    bad.write_bytes(b"\xff")
+    base = ["--out", out, "--document", "line", "--val-fraction", 0.4, "--workers", 1, "--tokenizer", "byte"]
+    assert run(good, *base) == 0
+    before = contents(out)
+    assert run(bad, *base, "--force") == 2
+    assert contents(out) == before
+
+
+def test_folders_that_hold_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text("some\nlines\nof\ntext\n" * 50)
+    base = [
+        source,
+        "--document",
+        "line",
+        "--val-fraction",
+        0.4,
+        "--workers",
+        1,
+        "--tokenizer",
+        "byte",
+        "--out",
+    ]
+    for name, message in [
+        ("manifest.json", "of unknown origin"),
+        ("train-00000.h5", "shards of unknown origin"),
+    ]:
+        out = tmp_path / name.split(".")[0]
+        out.mkdir()
+        (out / name).write_text("{}")
+        assert run(*base, out) == 2
+        assert message in capsys.readouterr().err
+    out = tmp_path / "notes"
+    out.mkdir()
+    (out / "README").write_text("mine")
+    assert run(*base, out) == 0
+    assert (out / "README").read_text() == "mine"
+    assert run(*base, source / "x") == 2
+    assert "cannot be made: Not a directory" in capsys.readouterr().err
+
+
+def test_an_empty_split_names_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("only one document")
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    out = tmp_path / "out"
+    assert run(tmp_path / "a.txt", "--out", out, "--tokenizer", "byte", "--workers", 1) == 2
+    assert "a split is empty: train has 1 documents, val has 0;" in capsys.readouterr().err
+    assert run(tmp_path / "empty.jsonl", "--out", out, "--tokenizer", "byte", "--workers", 1) == 2
+    assert "no documents (1 empty, 0 skipped)" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--vocab-size", "7"], "--vocab-size 7: bpe needs 257"),
+        (["--tokenizer", "nope"], "--tokenizer nope: no such file; needed byte, word, bpe"),
+        (["--val-fraction", "0"], "--val-fraction 0.0: needed more than 0"),
+        (["--val", "x", "--val-fraction", "0.1"], "exclude each other"),
+        (["--shard-tokens", "2"], "--shard-tokens 2: needed 16 to"),
+        (["--eos", "</s>"], "--eos </s>: is for a tokenizer.json"),
+    ],
+)
+def test_options_that_cannot_be(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    assert run(tmp_path / "a.txt", "--out", tmp_path / "out", "--workers", 1, *arguments) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith("hvdlm preprocess: error: ")
+    assert message in error[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_is_needed_for_inputs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("a.txt") == 2
+    assert "--out DIR is missing" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:
+        source, out = Path(name, "a.txt"), Path(name, "out")
+        source.write_text("a\nb\nc\nd\n")
+        out.mkdir(0o555)
+        Path(name).chmod(0o755)
+        try:
+            if user == 0:
+                os.seteuid(65534)
+            assert run(source, "--out", out, "--workers", 1) == 2
+        finally:
+            os.seteuid(user)
+    assert f"{out}: cannot be written: Permission denied; choose another" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("a\nb\nc\nd\n")
+    with existing.claimed(tmp_path / "out", wait=False):
+        assert run(tmp_path / "a.txt", "--out", tmp_path / "out") == 2
+    assert "another preprocess writes there" in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    workers: int, tiny_disk: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(corpus, "--out", tiny_disk / "out", "--tokenizer", "byte", "--workers", workers) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(tiny_disk) in error
+    assert "No space left on device" in error
+    assert not [*tiny_disk.iterdir()]
+
+
+def start(corpus: Path, out: Path) -> tuple["subprocess.Popen[str]", list[psutil.Process]]:
+    """A run of the command that has its workers at work."""
+    command = [
+        sys.executable,
+        "-m",
+        "hvdlm.preprocess",
+        str(corpus),
+        "--out",
+        str(out),
+        "--tokenizer",
+        "word",
+    ]
+    process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit and process.poll() is None:
+        # A process that is just starting or ending has no command line to look at.
+        with contextlib.suppress(psutil.Error):
+            children = psutil.Process(process.pid).children()
+            workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+            if len(workers) == 2:
+                return process, workers
+        time.sleep(0.01)
+    raise AssertionError("no workers came up")
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes, timeout=15)[1]
+
+
+@pytest.fixture(scope="module")
+def large_corpus(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough work to be interrupted."""
+    folder = tmp_path_factory.mktemp("large")
+    for i in range(20):
+        shutil.copy(corpus / "a.jsonl", folder / f"{i}.jsonl")
+    library = TOKENIZERS["bpe"](["some text"], 260)
+    (folder / "tokenizer.json").write_bytes(from_library(library).json_bytes)
+    return folder
+
+
+def test_a_killed_worker_is_one_line(large_corpus: Path, tmp_path: Path) -> None:
+    process, workers = start(large_corpus, tmp_path / "out")
+    workers[0].kill()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "a worker process died of signal SIGKILL while it read" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert gone(workers)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_run_leaves_no_manifest_and_the_next_starts_over(
+    large_corpus: Path, corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process, workers = start(large_corpus, out)
+    process.kill()
+    process.communicate(timeout=30)
+    assert gone(workers)
+    assert [path.name for path in out.iterdir()] == [existing.WORK_NAME]
+    # As if it had been killed while it moved its files into place.
+    (out / existing.RECORD_NAME).write_text("{}")
+    (out / "train-00099.h5").write_text("half")
+    assert run(corpus, "--out", out, "--tokenizer", "byte", "--workers", 1) == 0
+    assert run(corpus, "--out", tmp_path / "fresh", "--tokenizer", "byte", "--workers", 1) == 0
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_ctrl_c_stops_everything_at_once(large_corpus: Path, tmp_path: Path) -> None:
+    process, workers = start(large_corpus, tmp_path / "out")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert gone(workers)
+
+
+def test_without_arguments_it_shards_the_demo_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = stdlib.find()[::10]
+    monkeypatch.setattr(stdlib, "find", lambda: some)
+    monkeypatch.chdir(tmp_path)
+    assert run() == 0
+    assert "next       horovodrun -np 2 python -m hvdlm.train\n" in capsys.readouterr().out
+    manifest = read_manifest(tmp_path / "data" / "demo")
+    assert manifest.tokenizer.vocab_size == stdlib.VOCAB_SIZE
+    assert manifest.documents("train") + manifest.documents("val") == len(some)
+    assert demo.prepare(tmp_path / "data" / "demo") == manifest
+
+
+def test_of_a_large_input_every_task_trains_the_tokenizer(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    for limit in (1 << 30, 1_500):
+        monkeypatch.setattr("hvdlm.corpus.training_text.MAX_BYTES", limit)
+        out = tmp_path / f"{limit}"
+        assert run(corpus, "--out", out, "--tokenizer", "word", "--workers", 1) == 0
+        sizes.append(read_manifest(out).tokenizer.vocab_size)
+    assert 20 < sizes[1] < sizes[0] - 20

@@ -1,0 +1,173 @@
+"""A checkpoint is whole and unchanged, or it is passed over."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from hvdlm.comm.launch import Launch
+from hvdlm.comm.world import AgreedError, World
+from hvdlm.config import UserError
+from hvdlm.parallel.strategy import Piece
+from hvdlm.run import checkpoint, restore
+from hvdlm.run.folder import open_run
+from tests import helpers
+
+ALONE = World(Launch("single"))
+CONFIG = {"optim.lr": 0.1, "train.steps": 10, "log.every": 1, "data.path": "a"}
+FINGERPRINTS = {"data": "d" * 64, "tokenizer": "t" * 64}
+
+
+def pieces() -> list[Piece]:
+    """A matrix in two pieces, a vector and a scalar."""
+    matrix = torch.arange(12.0).view(4, 3)
+    return [
+        Piece("model.matrix", (4, 3), (0, 0), matrix[:1]),
+        Piece("model.matrix", (4, 3), (1, 0), matrix[1:]),
+        Piece("optim.m.vector", (2,), (0,), torch.tensor([1.0, 2.0])),
+        Piece("optim.count", (), (), torch.tensor(7.0)),
+    ]
+
+
+def save(run: Path, step: int) -> Path:
+    state = {"step": step, "attempt": 1, "config": CONFIG, "fingerprints": FINGERPRINTS}
+    return checkpoint.save(
+        run / "checkpoints", pieces(), ALONE, state=state, files={"config.toml": b"x = 1\n"}
+    )
+
+
+def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
+    opened = restore.open_checkpoint(save(tmp_path, 5))
+    assert opened.step == 5
+    assert torch.equal(opened.read("model.matrix", (0, 0), (4, 3)), torch.arange(12.0).view(4, 3))
+    assert torch.equal(opened.read("model.matrix", (0, 1), (3, 2)), torch.arange(12.0).view(4, 3)[:3, 1:])
+    assert opened.read("optim.count", (), ()).item() == 7
+    assert opened.config_path.read_bytes() == b"x = 1\n"
+    with pytest.raises(KeyError):
+        opened.read("model.other", (0,), (1,))
+    assert restore.open_checkpoint(tmp_path).folder == opened.folder
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
+    opened = restore.open_checkpoint(save(tmp_path, 5))
+    with pytest.raises(UserError, match=r"model.matrix has shape \[4, 3\], the model needs \[8, 3\]"):
+        opened.read("model.matrix", (0, 0), (8, 3))
+    with pytest.raises(UserError, match="another model"):
+        opened.read("model.matrix", (0, 0), (2, 3))
+
+
+def test_every_damaged_byte_and_every_truncation_is_found(tmp_path: Path) -> None:
+    folder = save(tmp_path, 5)
+    choose = random.Random(1)
+    for path in sorted(p for p in folder.iterdir()):
+        content = path.read_bytes()
+        places = [0, len(content) - 1, *choose.choices(range(len(content)), k=40)]
+        for place in places:
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << choose.randrange(8)
+            path.write_bytes(damaged)
+            problem = restore.find_problem(folder)
+            # A final newline or a space in the manifest's JSON may change without changing it.
+            assert problem or (path.name == restore.MANIFEST and damaged.split() == content.split())
+        for length in (0, len(content) // 2, len(content) - 2):
+            path.write_bytes(content[:length])
+            assert restore.find_problem(folder)
+        path.unlink()
+        assert restore.find_problem(folder)
+        path.write_bytes(content)
+    assert restore.find_problem(folder) is None
+
+
+def test_resume_takes_the_newest_valid_one(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "LATEST").write_text("step-00000099\n")
+    (checkpoints / "step-00000004.tmp-1").mkdir()
+    (checkpoints / "step-00000005").mkdir()
+    data = checkpoints / "step-00000003" / "rank-00000.safetensors"
+    data.write_bytes(data.read_bytes()[:-1])
+    start = open_run(tmp_path, resume="auto", config=CONFIG, fingerprints=FINGERPRINTS)
+    assert (start.step, Path(start.checkpoint).name) == (2, "step-00000002")
+    assert len(start.notes) == 2
+    assert (checkpoints / "step-00000003.corrupt").is_dir()
+    assert (checkpoints / "step-00000005.corrupt").is_dir()
+
+
+def test_a_failed_save_leaves_the_older_ones(tmp_path: Path) -> None:
+    """A file system of 1 MiB that a checkpoint does not fit into."""
+    older = save(tmp_path, 1)
+    big = [Piece("model.big", (2**20,), (0,), torch.ones(2**20))]
+    with helpers.small_disk(tmp_path / "checkpoints-full", size_kib=1024):
+        shutil.copytree(older, tmp_path / "checkpoints-full" / older.name)
+        state = {"step": 2, "attempt": 1}
+        with pytest.raises(AgreedError, match=r"rank 0: .*cannot be written.*free space") as caught:
+            checkpoint.save(tmp_path / "checkpoints-full", big, ALONE, state=state, files={})
+        assert caught.value.exit_code == 1
+        found, notes = restore.newest_valid(tmp_path / "checkpoints-full")
+        assert found is not None
+        assert (found.name, notes) == (older.name, [])
+
+
+def test_prune_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    checkpoint.prune(tmp_path / "checkpoints", keep_last=2)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["LATEST", "step-00000003", "step-00000004"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    assert restore.find_problem(save(tmp_path, 1)) is None
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "fingerprints", "expected"),
+    [
+        ({"optim.lr": 0.2}, {}, "optim.lr was 0.1, is 0.2"),
+        ({"model.width": 8}, {}, "model.width was None, is 8"),
+        ({}, {"data": "e" * 64}, "another data"),
+        ({}, {"tokenizer": "e" * 64}, "another tokenizer"),
+    ],
+)
+def test_what_must_stay_is_named(
+    changes: dict[str, float], fingerprints: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    save(tmp_path, 5)
+    with pytest.raises(UserError, match=expected):
+        open_run(tmp_path, resume="auto", config=CONFIG | changes, fingerprints=FINGERPRINTS | fingerprints)
+
+
+def test_what_may_change_goes_on(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    config = CONFIG | {"train.steps": 20, "log.every": 3, "data.path": "b", "parallel.fusion_mb": 1}
+    start = open_run(tmp_path, resume="auto", config=config, fingerprints=FINGERPRINTS)
+    assert start.step == 5
+    assert start.notes == ["train.steps was 10, is 20"]
+
+
+def test_never_refuses_a_used_folder_and_a_path_an_older_branch(tmp_path: Path) -> None:
+    first = save(tmp_path, 5)
+    save(tmp_path, 6)
+    with pytest.raises(UserError, match=r"checkpoint\.resume=never"):
+        open_run(tmp_path, resume="never", config=CONFIG, fingerprints=FINGERPRINTS)
+    with pytest.raises(UserError, match=r"newer than checkpoint\.resume"):
+        open_run(tmp_path, resume=str(first), config=CONFIG, fingerprints=FINGERPRINTS)
+    branch = open_run(tmp_path / "new", resume=str(first), config=CONFIG, fingerprints=FINGERPRINTS)
+    assert branch.step == 5
+
+
+def test_opening_nothing_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such run folder"):
+        restore.open_checkpoint(tmp_path / "missing")
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        restore.open_checkpoint(tmp_path)
+    (tmp_path / "step-00000001").mkdir()
+    with pytest.raises(UserError, match=r"damaged checkpoint: MANIFEST.json is missing"):
+        restore.open_checkpoint(tmp_path / "step-00000001")

@@ -1,0 +1,74 @@
+"""Schedule, ledger, exit record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hvdlm.config import OptimConfig
+from hvdlm.data.loader import StepBatch
+from hvdlm.run import exit_record, ledger
+from hvdlm.run.ledger import Ledger
+from hvdlm.run.schedule import learning_rate
+from hvdlm.run.stop import deadline
+
+OPTIM = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine() -> None:
+    assert learning_rate(1, OPTIM, 110) == pytest.approx(0.1)
+    assert learning_rate(10, OPTIM, 110) == pytest.approx(1.0)
+    assert learning_rate(60, OPTIM, 110) == pytest.approx(0.55)
+    assert learning_rate(110, OPTIM, 110) == pytest.approx(0.1)
+    rates = [learning_rate(s, OPTIM, 110) for s in range(10, 111)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_a_constant_rate_stays() -> None:
+    optim = replace(OPTIM, schedule="constant", warmup_steps=0)
+    assert {learning_rate(s, optim, 50) for s in (1, 25, 50)} == {1.0}
+
+
+def batch(step: int) -> StepBatch:
+    return StepBatch(step, 8 * (step - 1), 8 * step, 256, [])
+
+
+def test_a_resumed_attempt_voids_what_it_does_again(tmp_path: Path) -> None:
+    first = Ledger(tmp_path, attempt=1, resumed_at=1)
+    for step in (1, 2, 3):
+        first.add(batch(step), world_size=4)
+    first.close()
+    second = Ledger(tmp_path, attempt=2, resumed_at=3)
+    second.add(batch(3), world_size=2)
+    second.close()
+    rows = ledger.valid_rows(tmp_path)
+    assert [(r["step"], r["attempt"], r["world_size"]) for r in rows] == [(1, 1, 4), (2, 1, 4), (3, 2, 2)]
+    assert rows[0]["first_sample"] == 0
+    assert rows[2]["end_sample"] == 24
+    assert ledger.attempts(tmp_path) == 2
+
+
+def test_a_line_cut_by_a_crash_does_not_swallow_the_next(tmp_path: Path) -> None:
+    path = tmp_path / ledger.FILE_NAME
+    path.write_text(json.dumps({"attempt": 1, "resumed_at": 1}) + '\n{"step": 1, "fir')
+    Ledger(tmp_path, attempt=2, resumed_at=1).close()
+    assert [r["attempt"] for r in ledger.read_rows(path)] == [1, 2]
+
+
+def test_the_first_failure_is_the_one_that_counts(tmp_path: Path) -> None:
+    exit_record.write(tmp_path, "running", attempt=3, step=0)
+    assert exit_record.write_failure(tmp_path, attempt=3, rank=1, exit_code=1, error="the cause")
+    assert not exit_record.write_failure(tmp_path, attempt=3, rank=0, exit_code=1, error="the echo")
+    record = exit_record.read(tmp_path)
+    assert (record["state"], record["rank"], record["error"]) == ("failed", 1, "the cause")
+    assert len(exit_record.failures(tmp_path, 3)) == 2
+    assert exit_record.failures(tmp_path, 2) == []
+
+
+def test_the_deadline_is_the_jobs_end_less_the_margin() -> None:
+    assert deadline({"SLURM_JOB_END_TIME": "1000"}, 120) == 880
+    assert deadline({}, 120) == 0
+    assert deadline({"SLURM_JOB_END_TIME": "Unknown"}, 120) == 0
