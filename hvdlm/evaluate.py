@@ -18,13 +18,13 @@ from hvdlm.comm import launch, world
 from hvdlm.comm.world import AgreedError, World
 from hvdlm.config import EXIT_DONE, ParallelConfig, UserError, run_command
 from hvdlm.data.entries import SPLITS
-from hvdlm.data.loader import evaluation_batches
+from hvdlm.data.loader import BatchPlan, evaluation_batches
 from hvdlm.data.manifest import Manifest, read_manifest
 from hvdlm.parallel.strategy import evaluate
 from hvdlm.run import crash
 from hvdlm.run.evaluation import mean_loss
+from hvdlm.run.restore import open_checkpoint, reopen
 from hvdlm.run.trained import Trained, open_trained
-from hvdlm.train.session import batch_plan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,8 +61,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(args: argparse.Namespace, ranks: World) -> dict[str, object]:
     """The report, equal on all ranks."""
-    trained = open_trained(Path(args.run), args.device, local_rank=ranks.local_rank)
-    data_folder = Path(args.data_path or trained.config.data.path)
+    # Each for itself, the ranks of a run that still trains would open different ones.
+    chosen = ranks.on_root(lambda: str(open_checkpoint(Path(args.run)).folder), name="evaluate.checkpoint")
+    trained = open_trained(reopen(Path(chosen)), args.device, local_rank=ranks.local_rank)
+    data_folder, train = Path(args.data_path or trained.data.path), trained.train
     manifest = Manifest.from_json(
         ranks.on_root(lambda: _read_fitting(data_folder, trained).to_json(), name="evaluate.manifest")
     )
@@ -70,11 +72,11 @@ def _evaluate(args: argparse.Namespace, ranks: World) -> dict[str, object]:
         data_folder,
         manifest,
         args.split,
-        plan=batch_plan(trained.config),
+        plan=BatchPlan(trained.data.seq_len, train.global_batch, train.micro_batch, train.seed),
         share=(ranks.rank, ranks.size),
         limit_batches=0,
     )
-    precision = args.precision or trained.config.train.precision
+    precision = args.precision or train.precision
     loss, tokens = mean_loss(lambda b: evaluate(trained.model, b, precision=precision), batches, ranks)
     if ranks.is_root:
         print(

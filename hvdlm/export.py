@@ -21,6 +21,7 @@ from hvdlm.config import EXIT_CRASH, EXIT_DONE, UserError, run_command
 from hvdlm.data.files import fsync
 from hvdlm.models.llama import to_hf
 from hvdlm.models.transformer import Transformer
+from hvdlm.run.restore import open_checkpoint
 from hvdlm.run.trained import Trained, open_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,9 +41,9 @@ def export_hf(trained: Trained, out: Path, *, dtype: torch.dtype) -> None:
         UserError: the model is of another kind, the folder has content, or it cannot be written.
     """
     if not isinstance(trained.model, Transformer):
-        raise UserError(f"--format hf: writes model.kind transformer, this is {trained.config.model.kind}")
+        raise UserError(f"--format hf: writes model.kind transformer, this is {trained.kind}")
     check_free(out)
-    seq_len = trained.config.data.seq_len
+    seq_len = trained.data.seq_len
     config, tensors = to_hf(trained.model, seq_len=seq_len, eos_id=trained.eos_id, dtype=dtype)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
     documents = {
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     check_free(Path(args.out))
-    trained = open_trained(Path(args.run))
+    trained = open_trained(open_checkpoint(Path(args.run)))
     export_hf(trained, Path(args.out), dtype=DTYPES[args.dtype])
     step = trained.checkpoint.state["step"]
     print(f"exported step {step} of {args.run} to {args.out} (LlamaForCausalLM, {args.dtype})")

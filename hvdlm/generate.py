@@ -16,6 +16,7 @@ from typing import Protocol, final
 
 from hvdlm.config import EXIT_DONE, UserError, run_command
 from hvdlm.models.sampling import Sampling, continuation
+from hvdlm.run.restore import open_checkpoint
 from hvdlm.run.trained import Trained, open_trained
 
 EXIT_INTERRUPTED = 128 + 2
@@ -99,7 +100,7 @@ def generate(trained: Trained, prompt: str, *, max_tokens: int, sampling: Sampli
     prompt_ids = [int(id) for id in tokenizer.encode_batch([prompt])[0]] if prompt else []
     if prompt and not prompt_ids:
         raise UserError("--prompt: the tokenizer makes no token of this text; give one with words in it")
-    seq_len = trained.config.data.seq_len
+    seq_len = trained.data.seq_len
     if len(prompt_ids) > seq_len:
         note = f"the model reads the last {seq_len} of the prompt's {len(prompt_ids)} tokens, as in training"
         print(f"hvdlm generate: note: {note}", file=sys.stderr)
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     _check(args)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     try:
-        trained = open_trained(Path(args.run), args.device)
+        trained = open_trained(open_checkpoint(Path(args.run)), args.device)
         _print_pieces(generate(trained, args.prompt, max_tokens=args.max_tokens, sampling=sampling))
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -12,6 +12,9 @@ from typing import Literal
 
 from hvdlm.config import ParallelConfig, UserError
 
+UNKNOWN = 0
+"""Local size where the launcher does not tell; MPI is asked once it has started."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -66,7 +69,7 @@ def classify(env: Mapping[str, str]) -> Launch:
         rank=int(env["PMIX_RANK"]),
         size=tasks,
         local_rank=int(env.get("SLURM_LOCALID", "0")),
-        local_size=_local_tasks(env.get("SLURM_STEP_TASKS_PER_NODE", "1"), int(env.get("SLURM_NODEID", "0"))),
+        local_size=local_tasks(env),
     )
 
 
@@ -112,13 +115,18 @@ def _launch(kind: Literal["mpi", "gloo"], env: Mapping[str, str], names: tuple[s
     rank, size = int(env[names[0]]), int(env[names[1]])
     if size == 1:
         return Launch("single")
-    return Launch(kind, rank, size, int(env.get(names[2], "0")), int(env.get(names[3], "1")))
+    if names[2] in env and names[3] in env:
+        return Launch(kind, rank, size, int(env[names[2]]), int(env[names[3]]))
+    if "SLURM_LOCALID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) == size:
+        return Launch(kind, rank, size, int(env["SLURM_LOCALID"]), local_tasks(env))
+    return Launch(kind, rank, size, 0, UNKNOWN)
 
 
-def _local_tasks(tasks_per_node: str, node: int) -> int:
-    """Tasks on one node from Slurm's compressed list, e.g. '4(x2),3'."""
+def local_tasks(env: Mapping[str, str]) -> int:
+    """Tasks of a Slurm step on this node, from its compressed list, e.g. '4(x2),3'."""
     counts: list[int] = []
-    for part in tasks_per_node.split(","):
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
         count, _, repeat = part.partition("(x")
         counts += [int(count)] * int(repeat.rstrip(")") or 1)
+    node = int(env.get("SLURM_NODEID", "0"))
     return counts[node] if node < len(counts) else counts[-1]

@@ -11,7 +11,7 @@ from typing import Any, final
 import horovod.torch as hvd
 import torch
 
-from hvdlm.comm.launch import Launch
+from hvdlm.comm.launch import UNKNOWN, Launch
 from hvdlm.config import UserError
 
 # Horovod's element counts are int32 in places.
@@ -44,6 +44,9 @@ def init(launch: Launch, settings: Mapping[str, str]) -> World:
         torch.set_num_threads(int(settings["OMP_NUM_THREADS"]))
     if launch.kind == "mpi":
         _init_mpi()
+    if launch.local_size == UNKNOWN:
+        local_rank, local_size = _ask_mpi()
+        launch = replace(launch, local_rank=local_rank, local_size=local_size)
     hvd.init()
     if hvd.size() != launch.size:
         raise UserError(
@@ -175,3 +178,16 @@ def _init_mpi() -> None:
             f"launch: this MPI gives thread level {provided}, Horovod needs MPI_THREAD_MULTIPLE "
             f"({MPI.THREAD_MULTIPLE}); load an MPI built with it"
         )
+
+
+def _ask_mpi() -> tuple[int, int]:
+    """Local rank and size: of the ranks that can share memory.
+
+    Collective: yes.
+    """
+    from mpi4py import MPI
+
+    host = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    found = host.rank, host.size
+    host.Free()
+    return found

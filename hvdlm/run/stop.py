@@ -21,7 +21,11 @@ STOP_FILE = "STOP"
 
 _POLL_S = 0.5
 _ORPHAN_GRACE_S = 10.0
-_LAUNCHERS = {"mpirun", "mpiexec", "orterun", "orted", "prterun", "prted", "prte", "horovodrun", "slurmstepd"}
+_LAUNCHERS = {
+    *("mpirun", "mpiexec", "horovodrun", "slurmstepd"),
+    *("orterun", "orted", "prterun", "prted", "prte"),
+    *("mpiexec.hydra", "hydra_pmi_proxy", "hydra_bstrap_proxy"),
+}
 
 
 @final
@@ -37,19 +41,16 @@ class StopWatch:
         run_folder: where STOP and failure records are looked for.
         attempt: number of this start of the run.
         watch_file: look for the STOP file (rank 0 alone does, to spare the file system).
-        launched: other processes started this one, so their death matters.
         deadline_unix: when to stop by itself, in seconds since 1970; 0 = never.
     """
 
-    def __init__(
-        self, run_folder: Path, *, attempt: int, watch_file: bool, launched: bool, deadline_unix: float
-    ) -> None:
+    def __init__(self, run_folder: Path, *, attempt: int, watch_file: bool, deadline_unix: float) -> None:
         self.reason: str | None = None
         self._run_folder = run_folder
         self._attempt = attempt
         self._watch_file = watch_file
         self._deadline_unix = deadline_unix
-        self._launchers = launchers() if launched else []
+        self._launchers = launchers()
         self._interrupts = 0
         self._orphaned_at = 0.0
         self._closing = threading.Event()

@@ -121,7 +121,6 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
         run_folder,
         attempt=start.attempt,
         watch_file=ranks.is_root,
-        launched=ranks.kind != "single",
         deadline_unix=stop.deadline(os.environ, config.train.stop_margin_s),
     )
     loader = _open_loader(config, manifest, ranks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hvdlm.comm import world as worlds
 from hvdlm.comm.launch import Launch
 from hvdlm.comm.world import AgreedError, World
 from hvdlm.config import UserError
@@ -53,6 +54,8 @@ def test_collectives_on_ranks(world: World, ranks: int) -> None:
     assert world.size == ranks
     check_collectives(world)
     check_on_root(world)
+    # Where the launcher names no local rank, as some PMIs do not.
+    assert worlds._ask_mpi() == (world.rank, ranks)
 
 
 def test_collectives_alone() -> None:

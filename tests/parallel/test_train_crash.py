@@ -61,6 +61,15 @@ def test_the_death_of_the_launcher_leaves_no_orphan(
     assert_resumes(tiny_data, run_folder)
 
 
+def test_one_rank_alone_is_no_orphan_either(tiny_data: Path, tmp_path: Path) -> None:
+    run_folder = tmp_path / "run"
+    command = helpers.train_command(tiny_data, run_folder, *ENDLESS)
+    with helpers.started([*helpers.mpirun(1), *command], {}) as process:
+        helpers.wait_for_step(run_folder, 15)
+        helpers.send(process, signal.SIGKILL)
+        assert_all_gone(process)
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=name_of)
 def test_an_exception_of_one_rank_ends_all_with_its_traceback(
     launcher: list[str], tiny_data: Path, tmp_path: Path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hvdlm.comm.launch import Launch, classify, process_settings
+from hvdlm.comm.launch import UNKNOWN, Launch, classify, process_settings
 from hvdlm.config import ParallelConfig, UserError
 
 OPEN_MPI = {
@@ -36,7 +36,9 @@ GLOO = {
         (OPEN_MPI, Launch("mpi", 5, 8, 1, 4)),
         (GLOO, Launch("gloo", 5, 8, 1, 4)),
         ({**SRUN, "PMIX_RANK": "5"}, Launch("mpi", 5, 8, 1, 4)),
-        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Launch("mpi", 1, 2, 0, 1)),
+        # srun --mpi=pmi2 names no local rank, but Slurm does; elsewhere MPI is asked.
+        ({**SRUN, "PMI_RANK": "5", "PMI_SIZE": "8"}, Launch("mpi", 5, 8, 1, 4)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Launch("mpi", 1, 2, 0, UNKNOWN)),
         # One task under srun: MPI_Init without a PMI would abort.
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Launch("single")),
         # mpirun inside a Slurm step: its own variables count, not the step's one task a node.

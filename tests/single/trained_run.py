@@ -37,7 +37,7 @@ def in_memory(kind: str, *, seq_len: int = 32, **changes) -> Trained:
         weight.data *= 8 if weight.dim() == 2 else 1
     run = RunConfig(model=config, data=DataConfig(seq_len=seq_len))
     checkpoint = Checkpoint(Path("nowhere"), {}, {"step": 7})
-    return Trained(model, run, tokenizer, tokenizer.eos_id, checkpoint)
+    return Trained(model, run.model.kind, run.data, run.train, tokenizer, tokenizer.eos_id, checkpoint)
 
 
 def build_tokenizer(kind: str) -> Tokenizer:
