@@ -1,1 +1,1 @@
-"""The machines around a run: what doctor looks at before one is trusted with it."""
+"""The machines around a run: what doctor looks at, and what Slurm says."""

@@ -8,7 +8,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import final
 
@@ -130,10 +129,9 @@ def launchers() -> list[psutil.Process]:
     return found
 
 
-def deadline(env: Mapping[str, str], margin_s: float) -> float:
-    """When to stop before the Slurm job ends, in seconds since 1970; 0 outside a job."""
-    end_time = env.get("SLURM_JOB_END_TIME", "")
-    return float(end_time) - margin_s if end_time.isdigit() else 0.0
+def deadline(job_end_unix: float, margin_s: float) -> float:
+    """When to stop before the job ends, in seconds since 1970; 0 where the job has no end."""
+    return job_end_unix - margin_s if job_end_unix else 0.0
 
 
 def _exists(path: Path) -> bool:

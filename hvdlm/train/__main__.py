@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from hvdlm.cluster import job
 from hvdlm.comm import launch, world
 from hvdlm.comm.world import AgreedError, World
 from hvdlm.config import EXIT_DONE, EXIT_USAGE, DataConfig, RunConfig, UserError, run_command, total_steps
@@ -40,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         gpus=torch.cuda.device_count(),
     )
     run_folder = Path(f"data/runs/{recipe}" if config.train.out == "auto" else config.train.out)
-    return _run(config, run_folder, world.init(here, settings))
+    # Before MPI starts, as it takes a process.
+    job_end_unix = _job_end_unix() if here.rank == 0 else 0.0
+    return _run(config, run_folder, world.init(here, settings), job_end_unix=job_end_unix)
 
 
 def _prepare_demo(config: RunConfig, recipe: str, here: launch.Launch) -> None:
@@ -50,11 +53,23 @@ def _prepare_demo(config: RunConfig, recipe: str, here: launch.Launch) -> None:
         demo.prepare(Path(config.data.path))
 
 
-def _run(config: RunConfig, run_folder: Path, ranks: World) -> int:
+def _job_end_unix() -> float:
+    end = job.job_end(os.environ)
+    if end.trouble:
+        print(
+            f"hvdlm train: warning: no end of the Slurm job known ({end.trouble}); so that this run saves "
+            "before it, let Slurm send a signal: sbatch --signal=USR2@120",
+            file=sys.stderr,
+            flush=True,
+        )
+    return end.unix
+
+
+def _run(config: RunConfig, run_folder: Path, ranks: World, *, job_end_unix: float) -> int:
     """Train; whatever happens, all ranks end together."""
     attempt = 0
     try:
-        agreed = agree_on_start(config, run_folder, ranks)
+        agreed = agree_on_start(config, run_folder, ranks, job_end_unix=job_end_unix)
         if agreed.start.step >= total_steps(config):
             exit_code = _say_finished(run_folder, agreed.start, ranks)
         else:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,12 +32,14 @@ from hvdlm.train.headline import headline, sizes
 class Agreed:
     """What all ranks know before they build anything.
 
-    `carried` are the small files that every checkpoint takes along, by name.
+    `carried` are the small files that every checkpoint takes along, by name. `job_end_unix` is when
+    the job ends, in seconds since 1970; 0 where it has no end.
     """
 
     start: Start
     manifest: Manifest
     carried: dict[str, bytes]
+    job_end_unix: float
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ class Session:
         self.watch.close()
 
 
-def agree_on_start(config: RunConfig, run_folder: Path, ranks: World) -> Agreed:
-    """Read the manifest and the run folder on rank 0, and tell all ranks.
+def agree_on_start(config: RunConfig, run_folder: Path, ranks: World, *, job_end_unix: float = 0.0) -> Agreed:
+    """Read the manifest and the run folder on rank 0, and tell all ranks what it knows.
 
     Raises:
         AgreedError: the data set is missing or damaged, or the run cannot go on so.
@@ -89,7 +91,7 @@ def agree_on_start(config: RunConfig, run_folder: Path, ranks: World) -> Agreed:
     """
     data_folder = Path(config.data.path)
 
-    def read() -> dict[str, str]:
+    def read() -> dict[str, Any]:
         manifest = read_manifest(data_folder)
         start = open_run(
             run_folder,
@@ -98,11 +100,21 @@ def agree_on_start(config: RunConfig, run_folder: Path, ranks: World) -> Agreed:
             fingerprints=_fingerprints(manifest),
         )
         tokenizer = read_tokenizer(data_folder, manifest.tokenizer).decode()
-        return {"manifest": manifest.to_json(), "start": start.to_json(), "tokenizer": tokenizer}
+        return {
+            "manifest": manifest.to_json(),
+            "start": start.to_json(),
+            "tokenizer": tokenizer,
+            "job_end_unix": job_end_unix,
+        }
 
     agreed = ranks.on_root(read, name="start.agree")
     carried = {"config.toml": to_toml(config).encode(), "tokenizer.json": agreed["tokenizer"].encode()}
-    return Agreed(Start.from_json(agreed["start"]), Manifest.from_json(agreed["manifest"]), carried)
+    return Agreed(
+        Start.from_json(agreed["start"]),
+        Manifest.from_json(agreed["manifest"]),
+        carried,
+        agreed["job_end_unix"],
+    )
 
 
 def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agreed) -> Session:
@@ -121,7 +133,7 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
         run_folder,
         attempt=start.attempt,
         watch_file=ranks.is_root,
-        deadline_unix=stop.deadline(os.environ, config.train.stop_margin_s),
+        deadline_unix=stop.deadline(agreed.job_end_unix, config.train.stop_margin_s),
     )
     loader = _open_loader(config, manifest, ranks)
     verifier = _verify(config, manifest, ranks)
