@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import xxhash
 from safetensors import safe_open
 from torch import nn
 
-from hvdlm.config import UserError
+from hvdlm.config import EXIT_CRASH, UserError
 
 FORMAT = "hvdlm-checkpoint"
 VERSION = 1
@@ -111,7 +112,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint folder, or the newest valid one of a run folder.
 
     Raises:
-        UserError: there is none, or the named one is damaged.
+        UserError: there is none, the named one is damaged, or one cannot be read or is of a newer version.
     """
     if (path / MANIFEST).exists() or _STEP_FOLDER.fullmatch(path.name):
         problem = find_problem(path)
@@ -131,34 +132,58 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose every byte is as it was written.
 
-    A damaged one is renamed `.corrupt` and passed over; the LATEST file is not asked.
+    Damaged ones that are newer are renamed `.corrupt`; the LATEST file is not asked.
 
     Returns:
-        Its folder or None, and a line for each damaged one.
+        Its folder or None where no checkpoint was ever committed, and a line for each damaged one.
+
+    Raises:
+        UserError: all are damaged, or one cannot be read or is of a newer version.
     """
-    damaged: list[str] = []
+    damaged: list[tuple[Path, str]] = []
     for folder in reversed(folders(checkpoints)):
         problem = find_problem(folder)
         if problem is None:
-            return folder, damaged
-        corrupt = folder.with_name(f"{folder.name}.corrupt")
-        for i in range(1, 1000):
-            if not corrupt.exists():
-                break
-            corrupt = folder.with_name(f"{folder.name}.corrupt{i}")
+            return folder, [_set_aside(*one) for one in damaged]
+        damaged.append((folder, problem))
+    if damaged:
+        # Nothing was renamed: else the next start would find no checkpoint, and begin anew unasked.
+        folder, problem = damaged[0]
+        raise UserError(
+            f"{checkpoints}: all {len(damaged)} checkpoint(s) are damaged, the newest so: {folder.name}: "
+            f"{problem}; copy one back from a backup, or begin anew in another train.out"
+        )
+    return None, []
+
+
+def _set_aside(folder: Path, problem: str) -> str:
+    """Rename a damaged checkpoint; the line that says so."""
+    names = (folder.with_name(f"{folder.name}.corrupt{i or ''}") for i in itertools.count())
+    corrupt = next(name for name in names if not name.exists())
+    try:
         folder.rename(corrupt)
-        damaged.append(f"{folder}: {problem}; renamed {corrupt.name}")
-    return None, damaged
+    except OSError as error:
+        raise UserError(
+            f"{folder}: damaged ({problem}) and cannot be renamed: {error.strerror}; delete it"
+        ) from error
+    return f"{folder}: {problem}; renamed {corrupt.name}"
 
 
 def find_problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint: every file's size and digest is compared; None if nothing."""
+    """What is damaged in a checkpoint: every file's size and digest is compared; None if nothing.
+
+    Raises:
+        UserError: it cannot be read, which may pass, or is of a newer version, which is no damage.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
-            return f"is {manifest['format']} {manifest['version']}, this hvdlm reads {FORMAT} {VERSION}"
         if manifest["digest"] != manifest_digest(manifest):
             return f"{MANIFEST} was changed after it was written"
+        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+            raise UserError(
+                f"{folder}: is {manifest['format']} {manifest['version']}, this hvdlm reads {FORMAT} "
+                f"{VERSION}; use the hvdlm that wrote it, or a newer one"
+            )
         for name, expected in manifest["files"].items():
             found = file_digest(folder / name)
             if found["bytes"] != expected["bytes"]:
@@ -167,7 +192,13 @@ def find_problem(folder: Path) -> str | None:
                 return f"{name} does not have the content that was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: cannot be read: {error.strerror}; check its owner, its permissions "
+            "and the file system, then start again",
+            EXIT_CRASH,
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
     return None
 
