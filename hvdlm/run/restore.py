@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,29 +45,55 @@ class Checkpoint:
         """Completed optimizer steps."""
         return int(self.state["step"])
 
-    def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+    def read(
+        self,
+        name: str,
+        offset: tuple[int, ...],
+        shape: tuple[int, ...],
+        global_shape: tuple[int, ...] | None = None,
+    ) -> torch.Tensor:
         """A rectangle of a saved tensor, put together from the pieces that cover it.
+
+        Args:
+            name: canonical name.
+            offset: where the rectangle starts.
+            shape: of the rectangle.
+            global_shape: what the whole tensor must have; None = not compared.
 
         Raises:
             KeyError: no tensor of this name was saved.
-            UserError: the saved tensor is smaller or of another rank.
+            UserError: the saved tensor has another shape, or its pieces leave a hole.
         """
         saved = self.manifest["tensors"][name]
-        _check_inside(self.folder, name, saved["shape"], offset, shape)
-        values: torch.Tensor | None = None
-        for piece in saved["pieces"]:
-            source, target = _overlap(piece, offset, shape)
-            if source is None:
-                continue
-            part = self._open(piece["file"]).get_slice(piece["key"])[source] if source else None
-            part = self._open(piece["file"]).get_tensor(piece["key"]) if part is None else part
-            if tuple(part.shape) == shape:
-                return part
-            values = torch.empty(shape, dtype=part.dtype) if values is None else values
+        if global_shape is not None:
+            _check_shape(self.folder, name, saved["shape"], list(global_shape))
+        if not _is_inside(saved["shape"], offset, shape):
+            raise ValueError(f"{name} {saved['shape']} has no rectangle {shape} at {offset}")
+        parts = list(self._parts(saved["pieces"], offset, shape))
+        covered = sum(part.numel() for _, part in parts)
+        if covered != math.prod(shape):
+            raise UserError(
+                f"{self.folder}: the pieces of {name} cover {covered} of {math.prod(shape)} elements at "
+                f"{offset}: whatever wrote it is wrong; use an older checkpoint"
+            )
+        if len(parts) == 1:
+            return parts[0][1]
+        values = torch.empty(shape, dtype=parts[0][1].dtype)
+        for target, part in parts:
             values[target] = part
-        if values is None:
-            raise KeyError(name)
         return values
+
+    def _parts(
+        self, pieces: list[dict[str, Any]], offset: tuple[int, ...], shape: tuple[int, ...]
+    ) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+        """What each piece has of a rectangle, and where in it that belongs."""
+        for piece in pieces:
+            source, target = _overlap(piece, offset, shape)
+            if source is not None:
+                file = self._open(piece["file"])
+                key = piece["key"]
+                # A scalar has no slices.
+                yield target, file.get_slice(key)[source] if source else file.get_tensor(key)
 
     def load_model_(self, model: nn.Module) -> None:
         """Fill a model of the same shape.
@@ -75,8 +103,9 @@ class Checkpoint:
         """
         with torch.no_grad():
             for name, values in model.state_dict().items():
+                shape = tuple(values.shape)
                 try:
-                    values.copy_(self.read(f"model.{name}", (0,) * values.dim(), tuple(values.shape)))
+                    values.copy_(self.read(f"model.{name}", (0,) * values.dim(), shape, shape))
                 except KeyError as error:
                     raise UserError(f"{self.folder}: holds no {name}: it is of another model") from error
 
@@ -225,17 +254,18 @@ def reopen(folder: Path) -> Checkpoint:
     return Checkpoint(folder, manifest, state)
 
 
-def _check_inside(
-    folder: Path, name: str, saved: list[int], offset: tuple[int, ...], shape: tuple[int, ...]
-) -> None:
-    inside = len(saved) == len(shape) and all(
-        o + n <= total for o, n, total in zip(offset, shape, saved, strict=True)
-    )
-    if not inside or (not any(offset) and list(shape) != saved):
+def _check_shape(folder: Path, name: str, saved: list[int], needed: list[int]) -> None:
+    if saved != needed:
         raise UserError(
-            f"{folder}: {name} has shape {saved}, the model needs {list(shape)}: it is a checkpoint of "
+            f"{folder}: {name} has shape {saved}, the model needs {needed}: it is a checkpoint of "
             "another model; use the configuration it was trained with, or another train.out"
         )
+
+
+def _is_inside(saved: list[int], offset: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(saved) == len(offset) == len(shape) and all(
+        o >= 0 and o + n <= total for o, n, total in zip(offset, shape, saved, strict=True)
+    )
 
 
 def _overlap(

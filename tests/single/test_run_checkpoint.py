@@ -58,9 +58,24 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
     opened = restore.open_checkpoint(save(tmp_path, 5))
     with pytest.raises(UserError, match=r"model.matrix has shape \[4, 3\], the model needs \[8, 3\]"):
-        opened.read("model.matrix", (0, 0), (8, 3))
+        opened.read("model.matrix", (0, 0), (8, 3), (8, 3))
     with pytest.raises(UserError, match="another model"):
-        opened.read("model.matrix", (0, 0), (2, 3))
+        opened.read("model.matrix", (0, 0), (2, 3), (2, 3))
+    with pytest.raises(ValueError, match="no rectangle"):
+        opened.read("model.matrix", (3, 0), (2, 3), (4, 3))
+
+
+def test_a_rectangle_may_begin_where_its_tensor_does(tmp_path: Path) -> None:
+    """As rank 0 of a sharded strategy reads its part."""
+    opened = restore.open_checkpoint(save(tmp_path, 5))
+    assert torch.equal(opened.read("model.matrix", (0, 0), (2, 3), (4, 3)), torch.arange(12.0).view(4, 3)[:2])
+
+
+def test_pieces_that_leave_a_hole_are_refused(tmp_path: Path) -> None:
+    opened = restore.open_checkpoint(save(tmp_path, 5))
+    opened.manifest["tensors"]["model.matrix"]["pieces"].pop()
+    with pytest.raises(UserError, match=r"model.matrix cover 3 of 12 elements"):
+        opened.read("model.matrix", (0, 0), (4, 3))
 
 
 def test_every_damaged_byte_and_every_truncation_is_found(tmp_path: Path) -> None:
@@ -128,7 +143,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path: P
     for step in (1, 2):
         (save(tmp_path, step) / "state.json").unlink()
     for _ in range(2):
-        with pytest.raises(UserError, match=r"all 2 checkpoint\(s\) are damaged.*step-00000002: state.json is"):
+        with pytest.raises(
+            UserError, match=r"all 2 checkpoint\(s\) are damaged.*step-00000002: state.json is"
+        ):
             open_run(tmp_path, resume="auto", config=CONFIG, fingerprints=FINGERPRINTS)
 
 
