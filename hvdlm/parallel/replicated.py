@@ -93,8 +93,9 @@ def load_(model: nn.Module, optimizer: torch.optim.Optimizer, read: Read) -> Non
     """
     with torch.no_grad():
         for name, values in _state(model, optimizer):
-            values.copy_(read(name, (0,) * values.dim(), tuple(values.shape)))
-        count = read("optim.count", (), ())
+            shape = tuple(values.shape)
+            values.copy_(read(name, (0,) * values.dim(), shape, shape))
+        count = read("optim.count", (), (), ())
         for state in optimizer.state.values():
             state["step"].copy_(count)
 

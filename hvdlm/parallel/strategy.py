@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,22 @@ from hvdlm.data.loader import StepBatch
 
 Batch = dict[str, torch.Tensor]
 Loss = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-Read = Callable[[str, tuple[int, ...], tuple[int, ...]], torch.Tensor]
+
+
+class Read(Protocol):
+    """Gives a rectangle of a saved tensor on the CPU.
+
+    `global_shape` is what the whole tensor must have, where the caller knows it; a tensor of another
+    shape is a checkpoint of another model. Raises KeyError for a name that was not saved.
+    """
+
+    def __call__(
+        self,
+        name: str,
+        offset: tuple[int, ...],
+        shape: tuple[int, ...],
+        global_shape: tuple[int, ...] | None = None,
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -93,8 +108,7 @@ class Strategy(ABC):
         """Replace the whole training state.
 
         Args:
-            read: gives the tensor (name, offset, shape) of the saved state on the CPU; raises
-                KeyError for a name that was not saved.
+            read: gives rectangles of the saved state.
 
         Collective: every rank calls it.
         """

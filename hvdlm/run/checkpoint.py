@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,9 @@ def _attempt_write(temp: Path, rank: int, pieces: Iterable[Piece]) -> dict[str, 
         return {"pieces": [], "file": None}
     try:
         save_file(tensors, temp / file)
+        # safetensors creates its files for their owner alone, whatever the umask: colleagues who
+        # share a run could not resume it.
+        (temp / file).chmod(stat.S_IMODE(temp.stat().st_mode) & 0o666)
         fsync(temp / file)
         return {"pieces": records, "file": file, "digest": file_digest(temp / file)}
     except (OSError, SafetensorError) as error:

@@ -38,12 +38,14 @@ class Start:
         checkpoint: folder to load, or '' for a new run.
         step: completed steps in it.
         notes: lines for the user.
+        skipped_in_a_row: steps before this one that updated nothing.
     """
 
     attempt: int
     checkpoint: str
     step: int
     notes: list[str]
+    skipped_in_a_row: int = 0
 
     def to_json(self) -> str:
         """For telling other ranks."""
@@ -79,13 +81,14 @@ def open_run(run_folder: Path, *, resume: str, config: dict[str, Any], fingerpri
             "or delete it"
         )
     folder, notes = _choose(checkpoints, resume)
-    step = 0
+    start = Start(attempt, "", 0, notes)
     if folder is not None:
-        saved = restore.open_checkpoint(folder)
-        step = saved.step
+        saved = restore.reopen(folder)
         notes += _compare(folder, saved.state, config, fingerprints)
+        skipped = saved.state.get("skipped_in_a_row", 0)
+        start = Start(attempt, str(folder), saved.step, notes, skipped)
     _make(run_folder)
-    return Start(attempt, str(folder or ""), step, notes)
+    return start
 
 
 def _choose(checkpoints: Path, resume: str) -> tuple[Path | None, list[str]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +17,7 @@ import xxhash
 from safetensors import safe_open
 from torch import nn
 
-from hvdlm.config import UserError
+from hvdlm.config import EXIT_CRASH, UserError
 
 FORMAT = "hvdlm-checkpoint"
 VERSION = 1
@@ -42,29 +45,55 @@ class Checkpoint:
         """Completed optimizer steps."""
         return int(self.state["step"])
 
-    def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+    def read(
+        self,
+        name: str,
+        offset: tuple[int, ...],
+        shape: tuple[int, ...],
+        global_shape: tuple[int, ...] | None = None,
+    ) -> torch.Tensor:
         """A rectangle of a saved tensor, put together from the pieces that cover it.
+
+        Args:
+            name: canonical name.
+            offset: where the rectangle starts.
+            shape: of the rectangle.
+            global_shape: what the whole tensor must have; None = not compared.
 
         Raises:
             KeyError: no tensor of this name was saved.
-            UserError: the saved tensor is smaller or of another rank.
+            UserError: the saved tensor has another shape, or its pieces leave a hole.
         """
         saved = self.manifest["tensors"][name]
-        _check_inside(self.folder, name, saved["shape"], offset, shape)
-        values: torch.Tensor | None = None
-        for piece in saved["pieces"]:
-            source, target = _overlap(piece, offset, shape)
-            if source is None:
-                continue
-            part = self._open(piece["file"]).get_slice(piece["key"])[source] if source else None
-            part = self._open(piece["file"]).get_tensor(piece["key"]) if part is None else part
-            if tuple(part.shape) == shape:
-                return part
-            values = torch.empty(shape, dtype=part.dtype) if values is None else values
+        if global_shape is not None:
+            _check_shape(self.folder, name, saved["shape"], list(global_shape))
+        if not _is_inside(saved["shape"], offset, shape):
+            raise ValueError(f"{name} {saved['shape']} has no rectangle {shape} at {offset}")
+        parts = list(self._parts(saved["pieces"], offset, shape))
+        covered = sum(part.numel() for _, part in parts)
+        if covered != math.prod(shape):
+            raise UserError(
+                f"{self.folder}: the pieces of {name} cover {covered} of {math.prod(shape)} elements at "
+                f"{offset}: whatever wrote it is wrong; use an older checkpoint"
+            )
+        if len(parts) == 1:
+            return parts[0][1]
+        values = torch.empty(shape, dtype=parts[0][1].dtype)
+        for target, part in parts:
             values[target] = part
-        if values is None:
-            raise KeyError(name)
         return values
+
+    def _parts(
+        self, pieces: list[dict[str, Any]], offset: tuple[int, ...], shape: tuple[int, ...]
+    ) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+        """What each piece has of a rectangle, and where in it that belongs."""
+        for piece in pieces:
+            source, target = _overlap(piece, offset, shape)
+            if source is not None:
+                file = self._open(piece["file"])
+                key = piece["key"]
+                # A scalar has no slices.
+                yield target, file.get_slice(key)[source] if source else file.get_tensor(key)
 
     def load_model_(self, model: nn.Module) -> None:
         """Fill a model of the same shape.
@@ -74,8 +103,9 @@ class Checkpoint:
         """
         with torch.no_grad():
             for name, values in model.state_dict().items():
+                shape = tuple(values.shape)
                 try:
-                    values.copy_(self.read(f"model.{name}", (0,) * values.dim(), tuple(values.shape)))
+                    values.copy_(self.read(f"model.{name}", (0,) * values.dim(), shape, shape))
                 except KeyError as error:
                     raise UserError(f"{self.folder}: holds no {name}: it is of another model") from error
 
@@ -111,7 +141,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint folder, or the newest valid one of a run folder.
 
     Raises:
-        UserError: there is none, or the named one is damaged.
+        UserError: there is none, the named one is damaged, or one cannot be read or is of a newer version.
     """
     if (path / MANIFEST).exists() or _STEP_FOLDER.fullmatch(path.name):
         problem = find_problem(path)
@@ -131,34 +161,58 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose every byte is as it was written.
 
-    A damaged one is renamed `.corrupt` and passed over; the LATEST file is not asked.
+    Damaged ones that are newer are renamed `.corrupt`; the LATEST file is not asked.
 
     Returns:
-        Its folder or None, and a line for each damaged one.
+        Its folder or None where no checkpoint was ever committed, and a line for each damaged one.
+
+    Raises:
+        UserError: all are damaged, or one cannot be read or is of a newer version.
     """
-    damaged: list[str] = []
+    damaged: list[tuple[Path, str]] = []
     for folder in reversed(folders(checkpoints)):
         problem = find_problem(folder)
         if problem is None:
-            return folder, damaged
-        corrupt = folder.with_name(f"{folder.name}.corrupt")
-        for i in range(1, 1000):
-            if not corrupt.exists():
-                break
-            corrupt = folder.with_name(f"{folder.name}.corrupt{i}")
+            return folder, [_set_aside(*one) for one in damaged]
+        damaged.append((folder, problem))
+    if damaged:
+        # Nothing was renamed: else the next start would find no checkpoint, and begin anew unasked.
+        folder, problem = damaged[0]
+        raise UserError(
+            f"{checkpoints}: all {len(damaged)} checkpoint(s) are damaged, the newest so: {folder.name}: "
+            f"{problem}; copy one back from a backup, or begin anew in another train.out"
+        )
+    return None, []
+
+
+def _set_aside(folder: Path, problem: str) -> str:
+    """Rename a damaged checkpoint; the line that says so."""
+    names = (folder.with_name(f"{folder.name}.corrupt{i or ''}") for i in itertools.count())
+    corrupt = next(name for name in names if not name.exists())
+    try:
         folder.rename(corrupt)
-        damaged.append(f"{folder}: {problem}; renamed {corrupt.name}")
-    return None, damaged
+    except OSError as error:
+        raise UserError(
+            f"{folder}: damaged ({problem}) and cannot be renamed: {error.strerror}; delete it"
+        ) from error
+    return f"{folder}: {problem}; renamed {corrupt.name}"
 
 
 def find_problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint: every file's size and digest is compared; None if nothing."""
+    """What is damaged in a checkpoint: every file's size and digest is compared; None if nothing.
+
+    Raises:
+        UserError: it cannot be read, which may pass, or is of a newer version, which is no damage.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
-            return f"is {manifest['format']} {manifest['version']}, this hvdlm reads {FORMAT} {VERSION}"
         if manifest["digest"] != manifest_digest(manifest):
             return f"{MANIFEST} was changed after it was written"
+        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+            raise UserError(
+                f"{folder}: is {manifest['format']} {manifest['version']}, this hvdlm reads {FORMAT} "
+                f"{VERSION}; use the hvdlm that wrote it, or a newer one"
+            )
         for name, expected in manifest["files"].items():
             found = file_digest(folder / name)
             if found["bytes"] != expected["bytes"]:
@@ -167,7 +221,13 @@ def find_problem(folder: Path) -> str | None:
                 return f"{name} does not have the content that was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: cannot be read: {error.strerror}; check its owner, its permissions "
+            "and the file system, then start again",
+            EXIT_CRASH,
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
     return None
 
@@ -194,17 +254,18 @@ def reopen(folder: Path) -> Checkpoint:
     return Checkpoint(folder, manifest, state)
 
 
-def _check_inside(
-    folder: Path, name: str, saved: list[int], offset: tuple[int, ...], shape: tuple[int, ...]
-) -> None:
-    inside = len(saved) == len(shape) and all(
-        o + n <= total for o, n, total in zip(offset, shape, saved, strict=True)
-    )
-    if not inside or (not any(offset) and list(shape) != saved):
+def _check_shape(folder: Path, name: str, saved: list[int], needed: list[int]) -> None:
+    if saved != needed:
         raise UserError(
-            f"{folder}: {name} has shape {saved}, the model needs {list(shape)}: it is a checkpoint of "
+            f"{folder}: {name} has shape {saved}, the model needs {needed}: it is a checkpoint of "
             "another model; use the configuration it was trained with, or another train.out"
         )
+
+
+def _is_inside(saved: list[int], offset: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(saved) == len(offset) == len(shape) and all(
+        o >= 0 and o + n <= total for o, n, total in zip(offset, shape, saved, strict=True)
+    )
 
 
 def _overlap(

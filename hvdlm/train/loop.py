@@ -33,7 +33,7 @@ def train(s: Session) -> int:
     """
     if s.agreed.start.step == 0:
         _validate(s, 0)
-    skipped_in_a_row = 0
+    skipped_in_a_row = s.agreed.start.skipped_in_a_row
     for batch in s.loader.steps(s.agreed.start.step):
         lr = learning_rate(batch.step, s.config.optim, s.steps)
         stats = s.strategy.step(batch, lr, stop=lambda: s.watch.requested)
@@ -42,11 +42,11 @@ def train(s: Session) -> int:
             s.reports.ledger.add(batch, world_size=s.ranks.size)
             s.reports.metrics.train(batch.step, stats, lr, show=done or _due(batch.step, s.config.log.every))
         skipped_in_a_row = skipped_in_a_row + 1 if stats.skipped else 0
-        _check(s, batch.step, skipped_in_a_row)
+        _check(s, batch.step, skipped_in_a_row, last=done)
         if done or _due(batch.step, s.config.eval.every):
             _validate(s, batch.step)
         if done or stats.stop or _due(batch.step, s.config.checkpoint.every):
-            _save(s, batch.step)
+            _save(s, batch.step, skipped_in_a_row)
         if done or stats.stop:
             return _finish(s, batch.step, EXIT_DONE if done else EXIT_REQUEUE)
     raise AssertionError("the loader is endless")
@@ -56,11 +56,11 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _check(s: Session, step: int, skipped_in_a_row: int) -> None:
-    """Stop before more harm is done."""
-    if skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+def _check(s: Session, step: int, skipped_in_a_row: int, *, last: bool) -> None:
+    """Stop before more harm is done, or calling it done."""
+    if skipped_in_a_row >= (1 if last else _MAX_SKIPPED_IN_A_ROW):
         raise AgreedError(
-            f"step {step}: loss or gradient not finite {skipped_in_a_row} times in a row; lower optim.lr or "
+            f"step {step}: loss or gradient not finite {skipped_in_a_row} time(s) in a row; lower optim.lr or "
             f"lengthen optim.warmup_steps, and begin anew or from a checkpoint in {s.run_folder}",
             EXIT_CRASH,
         )
@@ -85,13 +85,14 @@ def _validate(s: Session, step: int) -> None:
         s.reports.metrics.restart_clock()
 
 
-def _save(s: Session, step: int) -> None:
+def _save(s: Session, step: int, skipped_in_a_row: int) -> None:
     if s.reports:
         s.reports.ledger.sync()
     state = {
         "step": step,
         "samples": step * s.config.train.global_batch,
         "tokens": step * s.config.train.global_batch * s.config.data.seq_len,
+        "skipped_in_a_row": skipped_in_a_row,
         "attempt": s.agreed.start.attempt,
         "world_size": s.ranks.size,
         "config": keys(s.config),

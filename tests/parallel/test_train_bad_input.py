@@ -138,16 +138,24 @@ def test_a_loss_that_is_no_number(tiny_data: Path, tmp_path: Path) -> None:
         "0",
         "--optim.warmup_steps",
         "0",
+        "--checkpoint.every",
+        "5",
         "--train.steps",
         "90",
     )
     command = helpers.train_command(tiny_data, run, *diverging)
-    output = fails([*helpers.mpirun(2), *command], 1, "not finite 10 times in a row", "lower optim.lr")
+    output = fails([*helpers.mpirun(2), *command], 1, "not finite 10 time(s) in a row", "lower optim.lr")
     assert "SKIPPED" in output
     assert helpers.exit_record(run)["state"] == "failed"
     skipped = helpers.rows(run, "metrics.jsonl", kind="train", skipped=True)
     assert len(skipped) == 10
     assert all(row["grad_norm"] is None for row in skipped)
+    # The checkpoint of step 10 remembers nine of them.
+    fails(command, 1, "step 11: loss or gradient not finite 10 time(s)")
+    # A run that ends so is not done.
+    short = helpers.train_command(tiny_data, tmp_path / "short", *diverging, "--train.steps", "4")
+    fails(short, 1, "step 4: loss or gradient not finite 3 time(s)")
+    assert helpers.exit_record(tmp_path / "short")["state"] == "failed"
 
 
 def test_a_full_disk_while_saving_keeps_the_older_checkpoint(tiny_data: Path, tmp_path: Path) -> None:

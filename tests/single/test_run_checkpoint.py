@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -55,9 +58,24 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
     opened = restore.open_checkpoint(save(tmp_path, 5))
     with pytest.raises(UserError, match=r"model.matrix has shape \[4, 3\], the model needs \[8, 3\]"):
-        opened.read("model.matrix", (0, 0), (8, 3))
+        opened.read("model.matrix", (0, 0), (8, 3), (8, 3))
     with pytest.raises(UserError, match="another model"):
-        opened.read("model.matrix", (0, 0), (2, 3))
+        opened.read("model.matrix", (0, 0), (2, 3), (2, 3))
+    with pytest.raises(ValueError, match="no rectangle"):
+        opened.read("model.matrix", (3, 0), (2, 3), (4, 3))
+
+
+def test_a_rectangle_may_begin_where_its_tensor_does(tmp_path: Path) -> None:
+    """As rank 0 of a sharded strategy reads its part."""
+    opened = restore.open_checkpoint(save(tmp_path, 5))
+    assert torch.equal(opened.read("model.matrix", (0, 0), (2, 3), (4, 3)), torch.arange(12.0).view(4, 3)[:2])
+
+
+def test_pieces_that_leave_a_hole_are_refused(tmp_path: Path) -> None:
+    opened = restore.open_checkpoint(save(tmp_path, 5))
+    opened.manifest["tensors"]["model.matrix"]["pieces"].pop()
+    with pytest.raises(UserError, match=r"model.matrix cover 3 of 12 elements"):
+        opened.read("model.matrix", (0, 0), (4, 3))
 
 
 def test_every_damaged_byte_and_every_truncation_is_found(tmp_path: Path) -> None:
@@ -96,6 +114,48 @@ def test_resume_takes_the_newest_valid_one(tmp_path: Path) -> None:
     assert len(start.notes) == 2
     assert (checkpoints / "step-00000003.corrupt").is_dir()
     assert (checkpoints / "step-00000005.corrupt").is_dir()
+
+
+def test_what_cannot_be_read_is_no_damage(tmp_path: Path) -> None:
+    """A link to itself stands for what may pass: no permission, a broken device, a stale handle."""
+    older, folder = save(tmp_path, 1), save(tmp_path, 2)
+    for name in ("rank-00000.safetensors", restore.MANIFEST):
+        kept = (folder / name).rename(tmp_path / "kept")
+        (folder / name).symlink_to(name)
+        with pytest.raises(UserError, match=rf"{name}: cannot be read: .*check its owner") as caught:
+            open_run(tmp_path, resume="auto", config=CONFIG, fingerprints=FINGERPRINTS)
+        assert caught.value.exit_code == 1
+        kept.rename(folder / name)
+    assert restore.folders(tmp_path / "checkpoints") == [older, folder]
+
+
+def test_a_newer_version_is_no_damage(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    manifest = json.loads((folder / restore.MANIFEST).read_text()) | {"version": restore.VERSION + 1}
+    manifest["digest"] = restore.manifest_digest(manifest)
+    (folder / restore.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"is hvdlm-checkpoint 2, this hvdlm reads hvdlm-checkpoint 1"):
+        open_run(tmp_path, resume="auto", config=CONFIG, fingerprints=FINGERPRINTS)
+    assert folder.is_dir()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (save(tmp_path, step) / "state.json").unlink()
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"all 2 checkpoint\(s\) are damaged.*step-00000002: state.json is"
+        ):
+            open_run(tmp_path, resume="auto", config=CONFIG, fingerprints=FINGERPRINTS)
+
+
+def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        modes = {stat.S_IMODE(path.stat().st_mode) for path in save(tmp_path, 1).iterdir()}
+    finally:
+        os.umask(old)
+    assert modes == {0o640}
 
 
 def test_a_failed_save_leaves_the_older_ones(tmp_path: Path) -> None:
