@@ -39,6 +39,7 @@ class Start:
         step: completed steps in it.
         notes: lines for the user.
         skipped_in_a_row: steps before this one that updated nothing.
+        parent: the PATH of checkpoint.resume that the run began from, or ''.
     """
 
     attempt: int
@@ -46,6 +47,7 @@ class Start:
     step: int
     notes: list[str]
     skipped_in_a_row: int = 0
+    parent: str = ""
 
     def to_json(self) -> str:
         """For telling other ranks."""
@@ -62,7 +64,7 @@ def open_run(run_folder: Path, *, resume: str, config: dict[str, Any], fingerpri
 
     Args:
         run_folder: created where missing.
-        resume: 'auto', 'never' or a checkpoint's path.
+        resume: 'auto', 'never', or the path of a checkpoint that begins the run while it has none.
         config: every knob under its dotted name.
         fingerprints: `data` and `tokenizer` of this run.
 
@@ -85,23 +87,37 @@ def open_run(run_folder: Path, *, resume: str, config: dict[str, Any], fingerpri
     if folder is not None:
         saved = restore.reopen(folder)
         notes += _compare(folder, saved.state, config, fingerprints)
-        skipped = saved.state.get("skipped_in_a_row", 0)
-        start = Start(attempt, str(folder), saved.step, notes, skipped)
+        is_own = folder.parent == checkpoints
+        start = Start(
+            attempt,
+            str(folder),
+            saved.step,
+            notes,
+            saved.state.get("skipped_in_a_row", 0),
+            saved.state.get("parent", "") if is_own else str(Path(resume).resolve()),
+        )
     _make(run_folder)
     return start
 
 
 def _choose(checkpoints: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to load: one's own before a PATH, which is where a run begins once."""
+    own, notes = restore.newest_valid(checkpoints)
     if resume in ("auto", "never"):
-        return restore.newest_valid(checkpoints)
-    folder = restore.open_checkpoint(Path(resume)).folder
-    newer = [p.name for p in restore.folders(checkpoints) if p.name > folder.name]
-    if newer:
+        return own, notes
+    if own is None:
+        return restore.open_checkpoint(Path(resume)).folder, notes
+    wanted = Path(resume).resolve()
+    if wanted in (own.resolve(), checkpoints.parent.resolve()):
+        return own, notes
+    parent = restore.reopen(own).state.get("parent", "")
+    if str(wanted) != parent:
+        began = f"began from {parent}" if parent else "began anew"
         raise UserError(
-            f"{checkpoints}: holds {newer[-1]}, newer than checkpoint.resume={resume}: the next start would "
-            "take that one; choose another train.out"
+            f"{checkpoints.parent}: holds {own.name} of a run that {began}, not from "
+            f"checkpoint.resume={resume}; choose another train.out, or go on with --checkpoint.resume auto"
         )
-    return folder, []
+    return own, notes
 
 
 def _compare(

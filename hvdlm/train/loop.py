@@ -60,8 +60,8 @@ def _check(s: Session, step: int, skipped_in_a_row: int, *, last: bool) -> None:
     """Stop before more harm is done, or calling it done."""
     if skipped_in_a_row >= (1 if last else _MAX_SKIPPED_IN_A_ROW):
         raise AgreedError(
-            f"step {step}: loss or gradient not finite {skipped_in_a_row} time(s) in a row; lower optim.lr or "
-            f"lengthen optim.warmup_steps, and begin anew or from a checkpoint in {s.run_folder}",
+            f"step {step}: loss or gradient not finite {skipped_in_a_row} time(s) in a row; lower optim.lr "
+            f"or lengthen optim.warmup_steps, and begin anew or from a checkpoint in {s.run_folder}",
             EXIT_CRASH,
         )
     if s.verifier and (problem := s.verifier.problem()):
@@ -93,6 +93,7 @@ def _save(s: Session, step: int, skipped_in_a_row: int) -> None:
         "samples": step * s.config.train.global_batch,
         "tokens": step * s.config.train.global_batch * s.config.data.seq_len,
         "skipped_in_a_row": skipped_in_a_row,
+        "parent": s.agreed.start.parent,
         "attempt": s.agreed.start.attempt,
         "world_size": s.ranks.size,
         "config": keys(s.config),

@@ -36,8 +36,8 @@ def pieces() -> list[Piece]:
     ]
 
 
-def save(run: Path, step: int) -> Path:
-    state = {"step": step, "attempt": 1, "config": CONFIG, "fingerprints": FINGERPRINTS}
+def save(run: Path, step: int, *, parent: str = "") -> Path:
+    state = {"step": step, "attempt": 1, "config": CONFIG, "fingerprints": FINGERPRINTS, "parent": parent}
     return checkpoint.save(
         run / "checkpoints", pieces(), ALONE, state=state, files={"config.toml": b"x = 1\n"}
     )
@@ -217,10 +217,23 @@ def test_never_refuses_a_used_folder_and_a_path_an_older_branch(tmp_path: Path) 
     save(tmp_path, 6)
     with pytest.raises(UserError, match=r"checkpoint\.resume=never"):
         open_run(tmp_path, resume="never", config=CONFIG, fingerprints=FINGERPRINTS)
-    with pytest.raises(UserError, match=r"newer than checkpoint\.resume"):
+    with pytest.raises(UserError, match=r"holds step-00000006 of a run that began anew, not from"):
         open_run(tmp_path, resume=str(first), config=CONFIG, fingerprints=FINGERPRINTS)
     branch = open_run(tmp_path / "new", resume=str(first), config=CONFIG, fingerprints=FINGERPRINTS)
     assert branch.step == 5
+
+
+def test_the_same_command_goes_on_with_a_branch(tmp_path: Path) -> None:
+    first, other = save(tmp_path / "old", 5), save(tmp_path / "other", 9)
+    new = tmp_path / "new"
+    branch = open_run(new, resume=str(first), config=CONFIG, fingerprints=FINGERPRINTS)
+    own = save(new, 7, parent=branch.parent)
+    shutil.rmtree(first)
+    for resume in (str(first), "auto"):
+        start = open_run(new, resume=resume, config=CONFIG, fingerprints=FINGERPRINTS)
+        assert (start.checkpoint, start.step, start.parent) == (str(own), 7, str(first))
+    with pytest.raises(UserError, match=rf"began from {first}, not from checkpoint.resume={other}"):
+        open_run(new, resume=str(other), config=CONFIG, fingerprints=FINGERPRINTS)
 
 
 def test_opening_nothing_is_one_line(tmp_path: Path) -> None:
