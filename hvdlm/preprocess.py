@@ -5,21 +5,29 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hvdlm.config import EXIT_DONE, UserError, run_command
+from hvdlm.config import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEUE, UserError, run_command
+from hvdlm.corpus import crew as crews
 from hvdlm.corpus.build import Built, build
+from hvdlm.corpus.crew import Crew
+from hvdlm.corpus.job import Keep
 from hvdlm.corpus.options import Options
 from hvdlm.corpus.readers import ReadOptions
 from hvdlm.corpus.sources import KINDS
+from hvdlm.corpus.work import PeerError, StoppedError
 from hvdlm.data.manifest import Manifest
+from hvdlm.run.stop import deadline
 from hvdlm.text import TOKENIZERS
 
 DEMO_OUT = Path("data/demo")
-_EXIT_INTERRUPTED = 130
+_STOP_MARGIN_S = 60.0
+_LEAVE_S = 10.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,19 +54,67 @@ def main(argv: list[str] | None = None) -> int:
         vocab_size=args.vocab_size,
         eos=args.eos,
         read=ReadOptions(args.field, args.document, args.invalid),
+        keep=Keep(args.min_chars, args.max_chars, args.max_errors, dedup=args.dedup == "exact"),
         val_fraction=Options.val_fraction if args.val_fraction is None else args.val_fraction,
         val=tuple(args.val),
         shard_tokens=args.shard_tokens,
         seed=args.seed,
     )
-    begun = time.monotonic()
+    return _run(options, args.workers, force=args.force)
+
+
+def _run(options: Options, workers: int, *, force: bool) -> int:
+    """Make the data set with whoever was started together with this process."""
+    begun, stop = time.monotonic(), _listen()
+    crew = crews.find()
     try:
-        built = build(options, workers=args.workers, force=args.force)
+        built = build(
+            options,
+            workers=workers or max(1, len(os.sched_getaffinity(0)) // crew.local_size),
+            crew=crew,
+            force=force,
+            wants_stop=stop.is_set,
+        )
     except KeyboardInterrupt:
-        print("hvdlm preprocess: interrupted; nothing was written, run again", file=sys.stderr)
-        return _EXIT_INTERRUPTED
-    print(_summary(options, built, time.monotonic() - begun))
-    return EXIT_DONE
+        print("hvdlm preprocess: interrupted; the same command goes on from there", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except StoppedError as error:
+        if crew.rank == 0 or crew.apart:
+            print(f"hvdlm preprocess: {error}", file=sys.stderr, flush=True)
+        return _leave(crew, EXIT_REQUEUE)
+    except PeerError as error:
+        if not crew.apart:
+            return _leave(crew, error.exit_code)
+        raise
+    except UserError as error:
+        print(f"hvdlm preprocess: error: {error}", file=sys.stderr, flush=True)
+        return _leave(crew, error.exit_code)
+    if crew.rank == 0 or crew.apart:
+        print(_summary(options, built, time.monotonic() - begun))
+    return _leave(crew, EXIT_DONE)
+
+
+def _listen() -> threading.Event:
+    """An event that is set by the signals of a batch system, and before the job's end."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda *_: stop.set())
+    end = deadline(os.environ, _STOP_MARGIN_S)
+    if end:
+        timer = threading.Timer(max(0.0, end - time.time()), stop.set)
+        timer.daemon = True
+        timer.start()
+    return stop
+
+
+def _leave(crew: Crew, exit_code: int) -> int:
+    """End MPI together; where another process does not come, its launcher ends it."""
+    if exit_code:
+        timer = threading.Timer(_LEAVE_S, lambda: os._exit(exit_code))
+        timer.daemon = True
+        timer.start()
+    crew.leave()
+    return exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,13 +122,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m hvdlm.preprocess",
         description="Tokenize text once into HDF5 shards for training. Without INPUT it takes the demo "
         "corpus, the sources of Python's standard library.",
-        epilog="The same inputs and options give the same bytes, whatever --workers. "
-        "Exit codes: 0 done, 2 bad usage or input, 1 any other failure.",
+        epilog="Under mpirun or srun, or as a job array, all processes make one data set. The same inputs "
+        "and options give the same bytes, however many there are. Killed or stopped, the same command goes "
+        "on. Exit codes: 0 done, 2 bad usage or input, 75 stopped by a signal, 1 any other failure.",
         allow_abbrev=False,
     )
     default = Options(DEMO_OUT)
     _add_input(parser, default)
     _add_tokenizer(parser, default)
+    _add_filters(parser, default)
     _add_splits(parser, default)
     _add_output(parser, default)
     return parser
@@ -129,6 +187,25 @@ def _add_tokenizer(parser: argparse.ArgumentParser, default: Options) -> None:
     )
 
 
+def _add_filters(parser: argparse.ArgumentParser, default: Options) -> None:
+    group = parser.add_argument_group("what is kept")
+    group.add_argument(
+        "--dedup", choices=("off", "exact"), default="off", help="exact: of equal documents keep the first"
+    )
+    for name, meaning in [
+        ("--min-chars", "reject documents with fewer characters"),
+        ("--max-chars", "reject documents with more characters; 0 = none"),
+        ("--max-errors", "bad records to reject before the run fails"),
+    ]:
+        group.add_argument(
+            name,
+            type=_count(0),
+            default=getattr(default.keep, name[2:].replace("-", "_")),
+            metavar="N",
+            help=f"{meaning}; default: %(default)s",
+        )
+
+
 def _add_splits(parser: argparse.ArgumentParser, default: Options) -> None:
     group = parser.add_argument_group("splits")
     group.add_argument(
@@ -159,7 +236,9 @@ def _add_output(parser: argparse.ArgumentParser, default: Options) -> None:
     group.add_argument(
         "--out", type=Path, metavar="DIR", help=f"folder of the data set; for the demo corpus: {DEMO_OUT}"
     )
-    group.add_argument("--force", action="store_true", help="replace another data set in DIR")
+    group.add_argument(
+        "--force", action="store_true", help="replace another data set in DIR, or unfinished work"
+    )
     group.add_argument(
         "--shard-tokens",
         type=_count(1),
@@ -169,10 +248,10 @@ def _add_output(parser: argparse.ArgumentParser, default: Options) -> None:
     )
     group.add_argument(
         "--workers",
-        type=_count(1),
-        default=len(os.sched_getaffinity(0)),
+        type=_count(0),
+        default=0,
         metavar="N",
-        help="processes; default: one a core, here %(default)s",
+        help="processes of each rank; default: one a core, shared among the ranks of a host",
     )
 
 
@@ -187,29 +266,34 @@ def _count(at_least: int) -> Callable[[str], int]:
 
 
 def _summary(options: Options, built: Built, seconds: float) -> str:
-    manifest, counts = built.manifest, built.counts
+    manifest = built.manifest
     train, val = manifest.split("train"), manifest.split("val")
     tokens = manifest.tokens("train") + manifest.tokens("val")
     text_bytes = manifest.text_bytes("train") + manifest.text_bytes("val")
-    documents = f"{manifest.documents('train'):,} train, {manifest.documents('val'):,} val"
-    if counts and counts.empty + counts.skipped:
-        documents += f" (left out: {counts.empty:,} empty, {counts.skipped:,} not UTF-8)"
     lines = {
-        "documents": documents,
+        "documents": f"{manifest.documents('train'):,} train, {manifest.documents('val'):,} val"
+        f"{_left_out(built.stats.get('left_out', {}))}",
         "tokens": f"{manifest.tokens('train'):,} train, {manifest.tokens('val'):,} val; "
         f"{text_bytes / tokens:.2f} bytes of text a token",
         "tokenizer": f"{options.tokenizer}, {manifest.tokenizer.vocab_size:,} tokens",
         "shards": f"{len(train)} train, {len(val)} val; "
         f"{sum(shard.file_bytes for shard in manifest.shards) / 1e6:,.1f} MB",
     }
-    if counts:
+    if built.made:
         lines["time"] = f"{seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB of text a second"
     lines["folder"] = str(options.out)
     lines["next"] = _next_command(options, manifest)
     head = (
-        [] if counts else [f"{options.out} is already there, made from the same inputs with the same options"]
+        []
+        if built.made
+        else [f"{options.out} is already there, made from the same inputs with the same options"]
     )
     return "\n".join([*head, *(f"{name:<10} {text}" for name, text in lines.items())])
+
+
+def _left_out(counts: dict[str, int]) -> str:
+    reasons = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in counts.items() if count]
+    return f" (left out: {', '.join(reasons)})" if reasons else ""
 
 
 def _next_command(options: Options, manifest: Manifest) -> str:
