@@ -20,11 +20,11 @@ import numpy as np
 import psutil
 import pytest
 
-from hvdlm import preprocess
 from hvdlm.config import run_command
 from hvdlm.corpus import demo, existing, install, plan, stdlib
 from hvdlm.corpus.crew import alone
 from hvdlm.data.manifest import read_manifest
+from hvdlm.preprocess.__main__ import main
 from hvdlm.text import TOKENIZERS
 from hvdlm.text.tokenizer import from_library, load
 
@@ -65,7 +65,7 @@ def texts_of(corpus: Path) -> list[str]:
 
 
 def run(*args: str | Path) -> int:
-    return run_command("preprocess", lambda: preprocess.main([str(arg) for arg in args]))
+    return run_command("preprocess", lambda: main([str(arg) for arg in args]))
 
 
 def decoded(folder: Path, split: str) -> list[str]:

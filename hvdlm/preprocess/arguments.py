@@ -1,46 +1,32 @@
-"""Command: text -> tokenizer -> HDF5 shards. The work is in `hvdlm.corpus`."""
+"""The options of ``python -m hvdlm.preprocess``."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hvdlm.config import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEUE, UserError, run_command
-from hvdlm.corpus import crew as crews
-from hvdlm.corpus.build import Built, build
-from hvdlm.corpus.crew import Crew
+from hvdlm.config import UserError
 from hvdlm.corpus.job import Keep
 from hvdlm.corpus.options import Options
 from hvdlm.corpus.readers import ReadOptions
 from hvdlm.corpus.sources import KINDS
-from hvdlm.corpus.work import PeerError, StoppedError
-from hvdlm.data.manifest import Manifest
-from hvdlm.run.stop import deadline
 from hvdlm.text import TOKENIZERS
 
 DEMO_OUT = Path("data/demo")
-_STOP_MARGIN_S = 60.0
-_LEAVE_S = 10.0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Shard a corpus.
+def parse(argv: Sequence[str] | None) -> tuple[Options, int, bool]:
+    """Read the arguments.
 
     Args:
-        argv: arguments, without the program's name; None = those of the process.
+        argv: without the program's name; None = those of the process.
 
     Returns:
-        The exit code.
+        What to make; worker processes, 0 = by the cores; whether other things may be replaced.
 
     Raises:
-        UserError: bad usage or input, or a full disk.
+        UserError: arguments that exclude each other.
     """
     args = _parser().parse_args(argv)
     if args.inputs and args.out is None:
@@ -60,61 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         shard_tokens=args.shard_tokens,
         seed=args.seed,
     )
-    return _run(options, args.workers, force=args.force)
-
-
-def _run(options: Options, workers: int, *, force: bool) -> int:
-    """Make the data set with whoever was started together with this process."""
-    begun, stop = time.monotonic(), _listen()
-    crew = crews.find()
-    try:
-        built = build(
-            options,
-            workers=workers or max(1, len(os.sched_getaffinity(0)) // crew.local_size),
-            crew=crew,
-            force=force,
-            wants_stop=stop.is_set,
-        )
-    except KeyboardInterrupt:
-        print("hvdlm preprocess: interrupted; the same command goes on from there", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except StoppedError as error:
-        if crew.rank == 0 or crew.apart:
-            print(f"hvdlm preprocess: {error}", file=sys.stderr, flush=True)
-        return _leave(crew, EXIT_REQUEUE)
-    except PeerError as error:
-        if not crew.apart:
-            return _leave(crew, error.exit_code)
-        raise
-    except UserError as error:
-        print(f"hvdlm preprocess: error: {error}", file=sys.stderr, flush=True)
-        return _leave(crew, error.exit_code)
-    if crew.rank == 0 or crew.apart:
-        print(_summary(options, built, time.monotonic() - begun))
-    return _leave(crew, EXIT_DONE)
-
-
-def _listen() -> threading.Event:
-    """An event that is set by the signals of a batch system, and before the job's end."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda *_: stop.set())
-    end = deadline(os.environ, _STOP_MARGIN_S)
-    if end:
-        timer = threading.Timer(max(0.0, end - time.time()), stop.set)
-        timer.daemon = True
-        timer.start()
-    return stop
-
-
-def _leave(crew: Crew, exit_code: int) -> int:
-    """End MPI together; where another process does not come, its launcher ends it."""
-    if exit_code:
-        timer = threading.Timer(_LEAVE_S, lambda: os._exit(exit_code))
-        timer.daemon = True
-        timer.start()
-    crew.leave()
-    return exit_code
+    return options, args.workers, args.force
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -263,43 +195,3 @@ def _count(at_least: int) -> Callable[[str], int]:
         return value
 
     return integer
-
-
-def _summary(options: Options, built: Built, seconds: float) -> str:
-    manifest = built.manifest
-    train, val = manifest.split("train"), manifest.split("val")
-    tokens = manifest.tokens("train") + manifest.tokens("val")
-    text_bytes = manifest.text_bytes("train") + manifest.text_bytes("val")
-    lines = {
-        "documents": f"{manifest.documents('train'):,} train, {manifest.documents('val'):,} val"
-        f"{_left_out(built.stats.get('left_out', {}))}",
-        "tokens": f"{manifest.tokens('train'):,} train, {manifest.tokens('val'):,} val; "
-        f"{text_bytes / tokens:.2f} bytes of text a token",
-        "tokenizer": f"{options.tokenizer}, {manifest.tokenizer.vocab_size:,} tokens",
-        "shards": f"{len(train)} train, {len(val)} val; "
-        f"{sum(shard.file_bytes for shard in manifest.shards) / 1e6:,.1f} MB",
-    }
-    if built.made:
-        lines["time"] = f"{seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB of text a second"
-    lines["folder"] = str(options.out)
-    lines["next"] = _next_command(options, manifest)
-    head = (
-        []
-        if built.made
-        else [f"{options.out} is already there, made from the same inputs with the same options"]
-    )
-    return "\n".join([*head, *(f"{name:<10} {text}" for name, text in lines.items())])
-
-
-def _left_out(counts: dict[str, int]) -> str:
-    reasons = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in counts.items() if count]
-    return f" (left out: {', '.join(reasons)})" if reasons else ""
-
-
-def _next_command(options: Options, manifest: Manifest) -> str:
-    data = "" if options.out == DEMO_OUT else f" --data.path {shlex.quote(str(options.out))}"
-    return f"horovodrun -np 2 python -m hvdlm.train{data}"
-
-
-if __name__ == "__main__":
-    sys.exit(run_command("preprocess", main))
