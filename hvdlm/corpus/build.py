@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hvdlm.config import EXIT_USAGE, UserError
+from hvdlm.config import EXIT_CRASH, EXIT_USAGE, UserError
 from hvdlm.corpus import crew as crews
 from hvdlm.corpus import dedup, existing, stats
 from hvdlm.corpus.crew import Crew
@@ -104,8 +104,8 @@ def _fail(work: Work, error: BaseException) -> None:
     """Tell the others, and keep what was done where it is worth going on with."""
     if isinstance(error, PeerError | StoppedError):
         return
-    if isinstance(error, UserError):
-        work.fail(error)
+    told = f"{type(error).__name__}: {error}"
+    work.fail(error if isinstance(error, UserError) else UserError(told, EXIT_CRASH))
     with suppress(GoneError, OSError):
         # What a start that was refused has found there is another's.
         own = work.is_done("open", 0) or existing.read_record(work.folder) is None

@@ -121,7 +121,7 @@ def open_work(folder: Path, work: Work, record: dict[str, Any], *, force: bool) 
     Raises:
         UserError: the work is of a data set made otherwise, and may not be thrown away.
     """
-    work.remove_old_starts()
+    work.remove_leftovers()
     before = read_record(work.folder)
     if before is not None and _comparable(before) != _comparable(record) and not force:
         raise UserError(

@@ -181,11 +181,13 @@ class Work:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         (self.folder / "done").mkdir(exist_ok=True)
 
-    def remove_old_starts(self) -> None:
-        """Remove the claims of starts that are over."""
+    def remove_leftovers(self) -> None:
+        """Remove the claims of starts that are over, and files that nobody finished."""
         for path in (self.folder / "starts").iterdir():
             if path != self._start:
                 shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.glob(f"{TEMP_PREFIX}*"):
+            path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove the folder at once: whoever looks into it afterwards knows that the work is over."""

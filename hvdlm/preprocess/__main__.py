@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 from hvdlm.config import EXIT_DONE, EXIT_INTERRUPTED, EXIT_REQUEUE, UserError, run_command
 from hvdlm.corpus import crew as crews
@@ -40,16 +42,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(options: Options, workers: int, *, force: bool) -> int:
     """Make the data set with whoever was started together with this process."""
-    begun, stop = time.monotonic(), _listen()
-    crew = crews.find()
+    begun, crew = time.monotonic(), crews.find()
+    workers = workers or max(1, len(os.sched_getaffinity(0)) // crew.local_size)
     try:
-        built = build(
-            options,
-            workers=workers or max(1, len(os.sched_getaffinity(0)) // crew.local_size),
-            crew=crew,
-            force=force,
-            wants_stop=stop.is_set,
-        )
+        with _listening() as stop:
+            built = build(options, workers=workers, crew=crew, force=force, wants_stop=stop.is_set)
     except KeyboardInterrupt:
         print("hvdlm preprocess: interrupted; the same command goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -69,26 +66,33 @@ def _run(options: Options, workers: int, *, force: bool) -> int:
     return _leave(crew, EXIT_DONE)
 
 
-def _listen() -> threading.Event:
-    """An event that is set by the signals of a batch system, and before the job's end."""
+@contextlib.contextmanager
+def _listening() -> Iterator[threading.Event]:
+    """An event that is set by the signals of a batch system, and shortly before the job's end."""
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda *_: stop.set())
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
     end = deadline(os.environ, _STOP_MARGIN_S)
+    timer = threading.Timer(max(0.0, end - time.time()), stop.set)
+    timer.daemon = True
     if end:
-        timer = threading.Timer(max(0.0, end - time.time()), stop.set)
-        timer.daemon = True
         timer.start()
-    return stop
+    try:
+        yield stop
+    finally:
+        timer.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _leave(crew: Crew, exit_code: int) -> int:
     """End MPI together; where another process does not come, its launcher ends it."""
+    timer = threading.Timer(_LEAVE_S, os._exit, [exit_code])
+    timer.daemon = True
     if exit_code:
-        timer = threading.Timer(_LEAVE_S, lambda: os._exit(exit_code))
-        timer.daemon = True
         timer.start()
     crew.leave()
+    timer.cancel()
     return exit_code
 
 

@@ -185,7 +185,10 @@ def test_from_raw_text_to_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             done = helpers.run([sys.executable, "-m", module, *arguments], cwd=tmp_path)
             assert done.returncode == 0, done.stdout
         else:
-            assert importlib.import_module(module).main(arguments) == 0
+            command = importlib.import_module(module)
+            if hasattr(command, "__path__"):
+                command = importlib.import_module(f"{module}.__main__")
+            assert command.main(arguments) == 0
     assert modules == [f"hvdlm.{name}" for name in ("preprocess", "train", "evaluate", "generate", "export")]
     assert (tmp_path / "export/mine/model.safetensors").exists()
 
