@@ -126,16 +126,31 @@ def _build(options: Options, work: Work, *, workers: int, force: bool) -> bool:
         Team(work, job, workers=workers, report=progress) as team,
     ):
         if job.keep.dedup:
-            progress.stage("hash", count=count, total_bytes=total_bytes)
-            team.run("hash", dedup.hash_task, count)
-            documents = sum(work.result("hash", i)["documents"] for i in range(count))
-            ranges = dedup.count_ranges(documents)
-            team.run("drop", partial(dedup.find_drops, ranges=ranges, tasks=count), ranges)
+            find_duplicates(work, team, progress, count=count, total_bytes=total_bytes)
         _once(work, "tokenizer", lambda: _tokenizer(options, job, opened, progress))
         progress.stage("encode", count=count, total_bytes=total_bytes, done_bytes=_done_bytes(work, job))
         team.run("encode", encode_task, count)
     _once(work, "install", lambda: _install(options, work, job, opened))
     return True
+
+
+def find_duplicates(work: Work, team: Team, progress: Progress, *, count: int, total_bytes: int) -> None:
+    """The two stages that find out which documents are there twice.
+
+    Args:
+        work: where results are kept.
+        team: does the work.
+        progress: shows it.
+        count: tasks of the plan.
+        total_bytes: their weight.
+
+    Raises:
+        UserError: bad input, or a full disk.
+    """
+    progress.stage("hash", count=count, total_bytes=total_bytes)
+    team.run("hash", dedup.hash_task, count)
+    ranges = dedup.count_ranges(sum(work.result("hash", i)["documents"] for i in range(count)))
+    team.run("drop", partial(dedup.find_drops, ranges=ranges, tasks=count), ranges)
 
 
 def _once(work: Work, stage: str, do: Callable[[], dict[str, Any]]) -> dict[str, Any]:

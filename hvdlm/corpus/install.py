@@ -54,7 +54,7 @@ def install(
         for result in encoded
         for value in result["train"]
     ]
-    entries = [*train, *_merge_val(job, len(encoded))]
+    entries = [*train, *merge_val(job, len(encoded))]
     per_task = [len(result["train"]) for result in encoded]
     if not existing.holds_rest_of(out, record):
         existing.remove_data_set(out)
@@ -70,8 +70,12 @@ def install(
     return write_manifest(out, numbered, tokenizer=job.tokenizer_info)
 
 
-def _merge_val(job: Job, tasks: int) -> list[ShardEntry]:
-    """Join the validation documents of all tasks, in the order of the plan."""
+def merge_val(job: Job, tasks: int) -> list[ShardEntry]:
+    """Join the validation documents of all tasks, in the order of the plan, to shards in the job's folder.
+
+    Raises:
+        UserError: the disk is full.
+    """
     writer = ShardWriter(
         job.folder / "val", "val", shard_tokens=job.shard_tokens, tokenizer=job.tokenizer_info
     )

@@ -58,22 +58,22 @@ def test_ranks_do_not_show(ranks: int, corpus: Path, expected: dict[str, bytes],
 def test_killed_at_random_moments_and_started_again_with_others(
     corpus: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    kill_and_restart(corpus, tmp_path / "out", kills=4, seed=1)
+    kill_and_restart(corpus, tmp_path / "out", starts=4, seed=1)
     assert contents(tmp_path / "out") == expected
 
 
-def kill_and_restart(corpus: Path, out: Path, *, kills: int, seed: int) -> int:
-    """Kill everything of `kills` starts at random moments, each with 1 to 3 ranks; then let one finish.
+def kill_and_restart(corpus: Path, out: Path, *, starts: int, seed: int) -> int:
+    """Kill everything of some starts at random moments, each with 1 to 3 ranks; then let one finish.
 
     Returns:
         How many starts were killed before they were done.
     """
     choose, killed = random.Random(seed), 0
-    for _ in range(kills):
+    for _ in range(starts):
         ranks = choose.randrange(1, 4)
         full = [*helpers.mpirun(ranks), *command(corpus, out, "--workers", str(choose.randrange(1, 3)))]
         with helpers.started(full, {}) as process:
-            time.sleep(choose.uniform(0.5, 4.0))
+            time.sleep(choose.uniform(0.4, 1.8))
             for victim in helpers.family(process):
                 victim.kill()
             killed += process.wait() != 0
