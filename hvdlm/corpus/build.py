@@ -26,7 +26,7 @@ from hvdlm.corpus import dedup, existing, stats
 from hvdlm.corpus.crew import Crew
 from hvdlm.corpus.encode import encode_task, refuse_write
 from hvdlm.corpus.install import install
-from hvdlm.corpus.job import TOKENIZER_NAME, Job
+from hvdlm.corpus.job import TOKENIZER_NAME, Job, Tally
 from hvdlm.corpus.options import Options, Source, look_up, record
 from hvdlm.corpus.plan import Task, make_plan
 from hvdlm.corpus.pool import Team
@@ -128,7 +128,7 @@ def _build(options: Options, work: Work, *, workers: int, force: bool) -> bool:
         if job.keep.dedup:
             find_duplicates(work, team, progress, count=count, total_bytes=total_bytes)
         _once(work, "tokenizer", lambda: _tokenizer(options, job, opened, progress))
-        progress.stage("encode", count=count, total_bytes=total_bytes, done_bytes=_done_bytes(work, job))
+        progress.stage("encode", count=count, total_bytes=total_bytes, before=_done_before(work, job))
         team.run("encode", encode_task, count)
     _once(work, "install", lambda: _install(options, work, job, opened))
     return True
@@ -206,8 +206,9 @@ def plan_of(options: Options, source: Source) -> list[Task]:
     )
 
 
-def _done_bytes(work: Work, job: Job) -> int:
-    return sum(job.task(index).size_bytes for index in work.done("encode"))
+def _done_before(work: Work, job: Job) -> Tally:
+    done = work.done("encode")
+    return Tally(sum(job.task(index).size_bytes for index in done), tasks=len(done))
 
 
 def _tokenizer(options: Options, job: Job, opened: dict[str, Any], progress: Progress) -> dict[str, Any]:

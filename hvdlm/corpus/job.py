@@ -23,12 +23,13 @@ PLAN_NAME, OFFSETS_NAME = "plan.jsonl", "plan.offsets"
 
 
 class Tally(NamedTuple):
-    """Newly read bytes (of the plan's weights), and the documents, tokens and rejects among them."""
+    """Newly read bytes (of the plan's weights), the documents, tokens and rejects among them, tasks done."""
 
     read_bytes: int = 0
     documents: int = 0
     tokens: int = 0
     rejected: int = 0
+    tasks: int = 0
 
 
 Report = Callable[[Tally], None]

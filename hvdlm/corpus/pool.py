@@ -91,13 +91,17 @@ class Team:
             index = self._work.claim(stage, count)
             if index is not None:
                 with _one_thread():
-                    self._work.finish(stage, index, step(index, self._job, self._report))
+                    self._finish(stage, index, step(index, self._job, self._report))
             return index is not None
         self._hand_out(stage, step, count)
         busy = {worker.pipe: worker for worker in self._workers if worker.index is not None}
         for pipe in wait(list(busy), timeout=_PATIENCE_S) if busy else ():
             self._hear(busy[pipe], stage)  # type: ignore[index]
         return bool(busy)
+
+    def _finish(self, stage: str, index: int, result: dict[str, Any]) -> None:
+        self._work.finish(stage, index, result)
+        self._report(Tally(tasks=1))
 
     def _hand_out(self, stage: str, step: Step, count: int) -> None:
         for worker in self._idle():
@@ -137,7 +141,7 @@ class Team:
             self._report(message)
         elif isinstance(message, dict):
             assert worker.index is not None
-            self._work.finish(stage, worker.index, message)
+            self._finish(stage, worker.index, message)
             worker.index = None
         elif isinstance(message, UserError):
             raise message

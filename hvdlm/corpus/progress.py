@@ -16,6 +16,7 @@ from hvdlm.corpus.work import Work
 _LINE_EVERY_S = 30.0
 _BAR_EVERY_S = 0.5
 _TELL_EVERY_S = 5.0
+_NOTHING = Tally()
 
 
 @final
@@ -32,7 +33,8 @@ class Progress:
     def __init__(self, work: Work, *, shows: bool) -> None:
         self._work, self._shows = work, shows
         self._bar: tqdm | None = None
-        self._stage, self._count, self._total_bytes, self._before_bytes = "", 0, 0, 0
+        self._stage, self._count, self._total_bytes = "", 0, 0
+        self._before = Tally()
         self._tallies: dict[str, list[int]] = defaultdict(lambda: [0] * len(Tally()))
         self._begun = self._line_at = time.monotonic()
         self._closing = threading.Event()
@@ -58,18 +60,17 @@ class Progress:
             counts[i] += value
         self._work.check()
 
-    def stage(self, name: str, *, count: int, total_bytes: int, done_bytes: int = 0) -> None:
+    def stage(self, name: str, *, count: int, total_bytes: int, before: Tally = _NOTHING) -> None:
         """Begin a stage.
 
         Args:
             name: for people.
             count: tasks it has.
             total_bytes: their weight.
-            done_bytes: of them done by an earlier start.
+            before: bytes and tasks that an earlier start has done.
         """
         self._close_bar()
-        self._stage, self._count = name, count
-        self._total_bytes, self._before_bytes = total_bytes, done_bytes
+        self._stage, self._count, self._total_bytes, self._before = name, count, total_bytes, before
         self._begun = self._line_at = time.monotonic()
         if not self._shows or not total_bytes:
             return
@@ -78,8 +79,8 @@ class Progress:
                 total=total_bytes, desc=name, unit="B", unit_scale=True, dynamic_ncols=True, leave=False
             )
         else:
-            before = f", {done_bytes / 1e6:,.1f} MB of them were done before" if done_bytes else ""
-            self._print(f"{name}: {total_bytes / 1e6:,.1f} MB in {count:,} tasks{before}")
+            done = f", {before.tasks:,} of them were done before" if before.tasks else ""
+            self._print(f"{name}: {total_bytes / 1e6:,.1f} MB in {count:,} tasks{done}")
 
     def _run(self) -> None:
         told_at = 0.0
@@ -94,7 +95,7 @@ class Progress:
             totals = self._totals()
             if bar:
                 bar.set_postfix_str(self._words(totals, now), refresh=False)
-                bar.n = min(self._total_bytes, self._before_bytes + totals.read_bytes)
+                bar.n = min(self._total_bytes, self._before.read_bytes + totals.read_bytes)
                 bar.refresh()
             elif due:
                 self._line_at = now
@@ -108,7 +109,7 @@ class Progress:
         return Tally(*(sum(column) for column in zip(*counts, strict=True))) if counts else Tally()
 
     def _line(self, totals: Tally, now: float) -> str:
-        done = self._before_bytes + totals.read_bytes
+        done = self._before.read_bytes + totals.read_bytes
         rate = max(totals.read_bytes / (now - self._begun), 1.0)
         return (
             f"{self._stage}: {done / 1e6:,.1f} of {self._total_bytes / 1e6:,.1f} MB, {rate / 1e6:,.1f} MB/s, "
@@ -116,7 +117,11 @@ class Progress:
         )
 
     def _words(self, totals: Tally, now: float) -> str:
-        words = [f"{totals.documents:,} documents"] if totals.documents else []
+        words = []
+        if totals.tasks:
+            words.append(f"{self._before.tasks + totals.tasks:,} of {self._count:,} tasks")
+        if totals.documents:
+            words.append(f"{totals.documents:,} documents")
         if totals.tokens:
             words.append(f"{totals.tokens / (now - self._begun):,.0f} tokens/s")
         if totals.rejected:

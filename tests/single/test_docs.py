@@ -31,7 +31,11 @@ TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md")
 DOCUMENTS = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
 TAGS = {"sh", "text"}
 HEADS = ("python -m ", "./install.sh", "make ", "mpirun ", "horovodrun ", "srun ")
-LAUNCHER_OPTIONS = {"mpirun": {"-np", *helpers.MPI_OPTIONS}, "horovodrun": {"-np", "--gloo"}, "srun": {"--mpi=pmix"}}
+LAUNCHER_OPTIONS = {
+    "mpirun": {"-np", *helpers.MPI_OPTIONS},
+    "horovodrun": {"-np", "--gloo"},
+    "srun": {"--mpi=pmix"},
+}
 """What tests/parallel/ runs."""
 RUN_ELSEWHERE = {
     "touch data/runs/demo/STOP": "tests/parallel/test_train_stop.py::stop_by_file",
