@@ -18,6 +18,7 @@ from hvdlm.config import EXIT_CRASH, UserError
 from hvdlm.corpus.lines import number_in_file, parts_of, parts_of_text, read_lines, without_mark
 from hvdlm.corpus.parquet import read_rows
 from hvdlm.corpus.plan import Piece
+from hvdlm.text.pieces import cut
 
 MAX_DOCUMENT_BYTES = 1 << 30
 _MAGIC = {
@@ -138,7 +139,9 @@ def _records(piece: Piece, options: ReadOptions) -> Iterator[Document]:
         return
     for number, raw, done_bytes in read_lines(piece):
         if not raw.isspace():
-            yield _document(_text_of_line, raw, options, Document(None, done_bytes, number))
+            document = _document(_text_of_line, raw, options, Document(None, done_bytes, number))
+            del raw  # Of a line of 200 MB this is as much again while its text is encoded.
+            yield document
 
 
 def _document(
@@ -212,7 +215,8 @@ def _decode(raw: bytes, options: ReadOptions) -> str | None:
 def _without_surrogates(text: str, options: ReadOptions) -> str | None:
     """JSON may escape half a character (`\\ud800`): no UTF-8 text can hold that."""
     try:
-        text.encode()
+        for piece in cut(text):
+            piece.encode()
         return text
     except UnicodeEncodeError:
         if options.invalid == "skip":

@@ -129,6 +129,27 @@ def test_a_document_longer_than_a_shard_is_cut(tmp_path: Path) -> None:
     assert read_manifest(out).text_bytes("train") == 1000
 
 
+def test_a_line_of_50_mb_in_bounded_memory(tmp_path: Path) -> None:
+    """Chinese, emoji and a NUL in one line; the process is a new one, because its peak memory counts."""
+    text = "人人生而自由👩\u200d👩\u200d👧 e\u0301\x00 " * (50_000_000 // 50)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    assert (tmp_path / "a.jsonl").stat().st_size > 40_000_000
+    (tmp_path / "val.txt").write_text("short")
+    out = tmp_path / "out"
+    arguments = [str(tmp_path / "a.jsonl"), "--val", str(tmp_path / "val.txt"), "--out", str(out)]
+    code = (
+        "import resource, sys; from hvdlm.preprocess.__main__ import main; code = main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, *arguments, "--tokenizer", "byte", "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 600 * 1024
+    with h5py.File(out / "train-00000.h5") as file:
+        assert file["tokens"].shape == (len(text.encode()) + 1,)
+        assert bytes(file["tokens"][:100].astype(np.uint8)) == text.encode()[:100]
+
+
 def test_word_tokenizer_and_a_given_one(corpus: Path, tmp_path: Path) -> None:
     assert run(corpus, "--out", tmp_path / "w", "--tokenizer", "word", "--workers", 1) == 0
     given = tmp_path / "w" / "tokenizer.json"
