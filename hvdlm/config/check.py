@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from hvdlm.config.errors import UserError
 from hvdlm.config.knobs import ModelConfig, OptimConfig, RunConfig, TrainConfig
 
@@ -12,6 +14,7 @@ def check(config: RunConfig) -> RunConfig:
     Raises:
         UserError: naming the two keys, what was found and what was needed.
     """
+    _check_ranges(config)
     _check_model(config.model)
     _check_train(config.train)
     _check_optim(config.optim)
@@ -26,6 +29,26 @@ def check(config: RunConfig) -> RunConfig:
         "eval.every, eval.batches and checkpoint.every must not be negative; log.every must be at least 1",
     )
     return config
+
+
+_NOT_NEGATIVE = (
+    "model.mlp_width",
+    "train.stop_margin_s",
+    "optim.weight_decay",
+    "parallel.fusion_mb",
+    "parallel.cycle_ms",
+    "parallel.stall_timeout_s",
+)
+_ABOVE_ZERO = ("model.rope_theta", "model.norm_eps", "optim.eps")
+
+
+def _check_ranges(config: RunConfig) -> None:
+    for key in (*_NOT_NEGATIVE, *_ABOVE_ZERO):
+        section, _, name = key.partition(".")
+        value, above = getattr(getattr(config, section), name), key in _ABOVE_ZERO
+        holds = 0 < value < math.inf if above else 0 <= value < math.inf
+        _require(holds, f"{key} {value} must be {'above 0' if above else '0 or more'}")
+    _require(bool(config.train.out), "train.out must name a folder, or be 'auto'")
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import final
 
 import horovod.torch as hvd
@@ -74,9 +74,9 @@ class AllReduce(Strategy):
         )
         replicated.allocate_state_(self._optimizer)
 
-    def step(self, batch: StepBatch, lr: float, *, stop: bool) -> StepStats:
+    def step(self, batch: StepBatch, lr: float, *, stop: Callable[[], bool]) -> StepStats:
         loss = self._backward(batch)
-        sums = torch.tensor([float(loss), float(stop)], dtype=torch.float64)
+        sums = torch.tensor([float(loss), float(stop())], dtype=torch.float64)
         self._world.sum_(sums, name="step.statistics")
         self._optimizer.synchronize()
         grad_norm = float(self._clipped_norm_())

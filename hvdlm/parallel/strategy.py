@@ -62,13 +62,14 @@ class Strategy(ABC):
     """
 
     @abstractmethod
-    def step(self, batch: StepBatch, lr: float, *, stop: bool) -> StepStats:
+    def step(self, batch: StepBatch, lr: float, *, stop: Callable[[], bool]) -> StepStats:
         """Do one optimizer step on this rank's micro-slots of the global batch.
 
         Args:
             batch: this rank's slots, possibly none, and the label count of the global batch.
             lr: learning rate of this step.
-            stop: this rank wants to stop; rides in the all-reduce of the statistics.
+            stop: whether this rank wants to stop; asked when the gradients are under way, so that a
+                wish in the middle of a step counts for it, and all-reduced with the statistics.
 
         Collective: yes.
         """

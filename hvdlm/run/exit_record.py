@@ -49,13 +49,15 @@ def write_failure(run_folder: Path, *, attempt: int, rank: int, exit_code: int, 
     record["error"] = error
     folder = run_folder / "failed"
     folder.mkdir(exist_ok=True)
-    first = not failures(run_folder, attempt)
     fd = os.open(folder / f"{attempt}.{rank}.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     with os.fdopen(fd, "w") as file:
         file.write(json.dumps(record) + "\n")
-    if first:
-        write(run_folder, "failed", **record)
-    return first
+    try:
+        os.close(os.open(folder / f"{attempt}.first", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+    except FileExistsError:
+        return False
+    write(run_folder, "failed", **record)
+    return True
 
 
 def failures(run_folder: Path, attempt: int) -> list[Path]:

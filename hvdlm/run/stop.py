@@ -94,7 +94,7 @@ class StopWatch:
 
     def _look_around(self) -> None:
         now = time.time()
-        if self._watch_file and (self._run_folder / STOP_FILE).exists():
+        if self._watch_file and _exists(self._run_folder / STOP_FILE):
             self.reason = self.reason or f"file {self._run_folder / STOP_FILE}"
         if self._deadline_unix and now >= self._deadline_unix:
             self.reason = self.reason or "the job's time is nearly over"
@@ -103,8 +103,14 @@ class StopWatch:
             self._orphaned_at = now
         if self._orphaned_at and now - self._orphaned_at > _ORPHAN_GRACE_S:
             os._exit(1)
-        if self.requested and exit_record.failures(self._run_folder, self._attempt):
+        if self.requested and self._peer_failed():
             os._exit(1)
+
+    def _peer_failed(self) -> bool:
+        try:
+            return bool(exit_record.failures(self._run_folder, self._attempt))
+        except OSError:
+            return False
 
 
 def launchers() -> list[psutil.Process]:
@@ -127,6 +133,14 @@ def deadline(env: Mapping[str, str], margin_s: float) -> float:
     """When to stop before the Slurm job ends, in seconds since 1970; 0 outside a job."""
     end_time = env.get("SLURM_JOB_END_TIME", "")
     return float(end_time) - margin_s if end_time.isdigit() else 0.0
+
+
+def _exists(path: Path) -> bool:
+    """Whether a file is there, as far as can be told: a file server that hiccups must not end a run."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _alive(process: psutil.Process) -> bool:

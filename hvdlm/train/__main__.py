@@ -16,7 +16,8 @@ from hvdlm.comm.world import AgreedError, World
 from hvdlm.config import EXIT_DONE, EXIT_USAGE, DataConfig, RunConfig, UserError, run_command, total_steps
 from hvdlm.config.parse import DEFAULT_RECIPE, load_config
 from hvdlm.corpus import demo
-from hvdlm.run import crash
+from hvdlm.run import crash, exit_record
+from hvdlm.run.folder import Start
 from hvdlm.train.loop import train
 from hvdlm.train.session import agree_on_start, open_session
 
@@ -55,7 +56,7 @@ def _run(config: RunConfig, run_folder: Path, ranks: World) -> int:
     try:
         agreed = agree_on_start(config, run_folder, ranks)
         if agreed.start.step >= total_steps(config):
-            exit_code = _say_finished(run_folder, agreed.start.step, ranks)
+            exit_code = _say_finished(run_folder, agreed.start, ranks)
         else:
             attempt = agreed.start.attempt
             crash.end_job_on_thread_errors(ranks, run_folder, attempt)
@@ -69,9 +70,12 @@ def _run(config: RunConfig, run_folder: Path, ranks: World) -> int:
         raise
 
 
-def _say_finished(run_folder: Path, step: int, ranks: World) -> int:
+def _say_finished(run_folder: Path, start: Start, ranks: World) -> int:
     if ranks.is_root:
-        print(f"{run_folder}: finished, all {step} steps are done; raise train.steps to go on", flush=True)
+        steps = start.step
+        print(f"{run_folder}: finished, all {steps} steps are done; raise train.steps to go on", flush=True)
+        # The last start may have died between its last checkpoint and its last word.
+        exit_record.write(run_folder, "done", attempt=start.attempt - 1, step=steps, exit_code=EXIT_DONE)
     return EXIT_DONE
 
 

@@ -36,7 +36,7 @@ def train(s: Session) -> int:
     skipped_in_a_row = 0
     for batch in s.loader.steps(s.agreed.start.step):
         lr = learning_rate(batch.step, s.config.optim, s.steps)
-        stats = s.strategy.step(batch, lr, stop=s.watch.requested)
+        stats = s.strategy.step(batch, lr, stop=lambda: s.watch.requested)
         done = batch.step == s.steps
         if s.reports:
             s.reports.ledger.add(batch, world_size=s.ranks.size)
@@ -109,8 +109,9 @@ def _save(s: Session, step: int) -> None:
 def _finish(s: Session, step: int, exit_code: int) -> int:
     """Say how it ended, to the user and in exit.json."""
     reasons = [r for r in s.ranks.gather_json(s.watch.reason, name="finish.reasons") if r]
-    if s.reports and exit_code == EXIT_REQUEUE:
+    if s.reports:
         (s.run_folder / stop.STOP_FILE).unlink(missing_ok=True)
+    if s.reports and exit_code == EXIT_REQUEUE:
         s.reports.metrics.say(
             f"stopped after step {step} ({reasons[0]}); the same command goes on from there"
         )

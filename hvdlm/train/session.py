@@ -13,7 +13,7 @@ from hvdlm.comm import device
 from hvdlm.comm.world import World
 from hvdlm.config import RunConfig, UserError, total_steps
 from hvdlm.config.parse import keys, to_toml
-from hvdlm.data.files import cure
+from hvdlm.data.files import cure, write_atomic
 from hvdlm.data.loader import BatchPlan, Loader
 from hvdlm.data.manifest import Manifest, read_manifest, read_tokenizer
 from hvdlm.data.order import share_of
@@ -126,7 +126,7 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
     )
     loader = _open_loader(config, manifest, ranks)
     verifier = _verify(config, manifest, ranks)
-    model = build_model(config, manifest, ranks)
+    model = build_model(config, manifest, ranks, resumed=bool(start.checkpoint))
     strategy = _build_strategy(config, model, ranks)
     if start.checkpoint:
         strategy.load(restore.reopen(Path(start.checkpoint)).read)
@@ -156,7 +156,7 @@ def batch_plan(config: RunConfig) -> BatchPlan:
 
 def _mark_running(run_folder: Path, agreed: Agreed) -> None:
     for name, content in agreed.carried.items():
-        (run_folder / name).write_bytes(content)
+        write_atomic(run_folder / name, content)
     exit_record.write(run_folder, "running", attempt=agreed.start.attempt, step=agreed.start.step)
 
 
@@ -182,16 +182,26 @@ def _verify(config: RunConfig, manifest: Manifest, ranks: World) -> BackgroundVe
     return None
 
 
-def build_model(config: RunConfig, manifest: Manifest, ranks: World) -> nn.Module:
-    """The model on its device, with the same initial weights on every machine.
+def build_model(config: RunConfig, manifest: Manifest, ranks: World, *, resumed: bool) -> nn.Module:
+    """The model on its device; its initial weights are those of rank 0.
+
+    Args:
+        config: of the run.
+        manifest: of its data.
+        ranks: of the run.
+        resumed: a checkpoint's weights replace the initial ones, so `model.init` is not needed.
 
     Raises:
-        UserError: `model.init` is no Llama model of this shape, or there is no such device.
+        AgreedError: `model.init` is no Llama model of this shape.
+        UserError: there is no such device.
+
+    Collective: yes.
     """
     torch.manual_seed(config.train.seed)
     model = MODELS[config.model.kind](config.model, pad_vocab(manifest.tokenizer.vocab_size))
-    if config.model.init != "random":
-        load_hf_(model, Path(config.model.init))
+    if config.model.init != "random" and not resumed:
+        # On rank 0 alone: the strategy broadcasts its weights.
+        ranks.on_root(lambda: load_hf_(model, Path(config.model.init)), name="session.init")
     return model.to(device.pick(config.train.device, ranks.local_rank))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hvdlm.run import exit_record
 from tests import helpers
 
 # Steps long enough for a signal to land in the middle, and few enough for rounding to stay small.
@@ -75,6 +76,32 @@ def test_the_same_command_after_the_end_says_so(tiny_data: Path, undisturbed: Pa
     done = helpers.run(helpers.train_command(tiny_data, undisturbed, *STEPS))
     assert done.returncode == 0
     assert "finished, all 50 steps are done" in done.stdout
+
+
+def test_a_finished_run_says_so_whatever_its_last_start_left(tiny_data: Path, tmp_path: Path) -> None:
+    run_folder = tmp_path / "run"
+    command = helpers.train_command(tiny_data, run_folder, "--train.steps", "1")
+    run_folder.mkdir()
+    (run_folder / "STOP").touch()
+    assert helpers.run(command).returncode == 0
+    assert not (run_folder / "STOP").exists()
+    # As if it had died between its last checkpoint and its last word.
+    exit_record.write(run_folder, "running", attempt=1, step=0)
+    assert helpers.run(command).returncode == 0
+    assert helpers.exit_record(run_folder)["state"] == "done"
+
+
+def test_a_wish_to_stop_counts_for_the_step_it_comes_in(tiny_data: Path, tmp_path: Path) -> None:
+    """A step of many seconds: 2048 micro-batches."""
+    run_folder = tmp_path / "run"
+    slow = ("--train.global_batch", "2048", "--train.micro_batch", "1", "--checkpoint.every", "0")
+    command = helpers.train_command(tiny_data, run_folder, *slow)
+    with helpers.started(command, {}) as process:
+        helpers.wait_for_step(run_folder, 1)
+        helpers.send(process, signal.SIGUSR1)
+        process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert helpers.exit_record(run_folder)["step"] == 2
 
 
 def test_stop_by_interrupt_of_one_process(tiny_data: Path, tmp_path: Path) -> None:

@@ -74,6 +74,10 @@ def test_training_goes_on_from_the_exported_weights(home: Path) -> None:
     evaluated = json.loads(hvdlm(home, "hvdlm.evaluate").strip().splitlines()[-1])
     first = helpers.rows(home / "continued", "metrics.jsonl", kind="eval", step=0)[0]["val_loss"]
     assert first == pytest.approx(evaluated["loss"], rel=0.1), output
+    # A run that goes on has its own weights.
+    (home / "hf").rename(home / "moved")
+    more = ["--model.init", "hf", "--train.out", "continued", "--train.steps", "13"]
+    hvdlm(home, "hvdlm.train", *SHORT, *more, launcher=tuple(helpers.mpirun(2)))
 
 
 def test_a_longer_run_of_the_same_folder(home: Path) -> None:

@@ -82,6 +82,17 @@ def test_a_mistake_is_one_line(arguments: list[str], expected: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "key", [key for key, value in keys(RunConfig()).items() if type(value) in (int, float)]
+)
+def test_no_number_may_be_negative(key: str) -> None:
+    assert key.rpartition(".")[2] in refuse(f"--{key}", "-1")
+
+
+def test_a_run_folder_has_a_name() -> None:
+    assert "train.out must name a folder" in refuse("--train.out", "")
+
+
+@pytest.mark.parametrize(
     ("content", "expected"),
     [
         (b"[model]\nlayer = 3\n", "did you mean model.layers?"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from hvdlm.config import OptimConfig
 from hvdlm.data.loader import StepBatch
-from hvdlm.run import exit_record, ledger
+from hvdlm.run import exit_record, ledger, stop
 from hvdlm.run.ledger import Ledger
 from hvdlm.run.schedule import learning_rate
 from hvdlm.run.stop import deadline
@@ -66,6 +68,31 @@ def test_the_first_failure_is_the_one_that_counts(tmp_path: Path) -> None:
     assert (record["state"], record["rank"], record["error"]) == ("failed", 1, "the cause")
     assert len(exit_record.failures(tmp_path, 3)) == 2
     assert exit_record.failures(tmp_path, 2) == []
+
+
+def test_of_many_that_fail_at_once_one_is_the_first(tmp_path: Path) -> None:
+    for attempt in range(20):
+        ready = threading.Barrier(8)
+
+        def fail(rank: int, attempt: int = attempt, ready: threading.Barrier = ready) -> bool:
+            ready.wait()
+            return exit_record.write_failure(
+                tmp_path, attempt=attempt, rank=rank, exit_code=1, error=f"{rank}"
+            )
+
+        with ThreadPoolExecutor(8) as pool:
+            firsts = list(pool.map(fail, range(8)))
+        assert sum(firsts) == 1
+        assert exit_record.read(tmp_path)["rank"] == firsts.index(True)
+
+
+def test_a_stop_file_that_cannot_be_looked_at_is_none(tmp_path: Path) -> None:
+    """Such as on a file server that hiccups; here a name that no file can have."""
+    with pytest.raises(OSError, match="too long"):
+        (tmp_path / ("x" * 300)).exists()
+    assert not stop._exists(tmp_path / ("x" * 300))
+    (tmp_path / "STOP").touch()
+    assert stop._exists(tmp_path / "STOP")
 
 
 def test_the_deadline_is_the_jobs_end_less_the_margin() -> None:
