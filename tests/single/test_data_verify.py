@@ -27,7 +27,7 @@ from hvdlm.data.entries import BLOCK_TOKENS
 from hvdlm.data.manifest import Manifest, write_manifest
 from hvdlm.data.shards import write_shard
 from hvdlm.data.verify import BackgroundVerifier, verify_blocks
-from hvdlm.data.verify_all import verify_folder
+from hvdlm.data.verify_all import Verification, share_by_size, verify_folder
 
 SIZES = {"train-00000": BLOCK_TOKENS * 2 + 5, "train-00001": 3000, "val-00000": BLOCK_TOKENS + 1}
 BLOCKS = 3 + 1 + 2
@@ -43,9 +43,12 @@ def found(folder: Path) -> list[tuple[str, int | None]]:
 
 
 def test_an_intact_data_set_has_no_problem(data: tuple[Path, Manifest]) -> None:
-    reported = []
-    assert verify_folder(data[0], report=lambda entry: reported.append(entry.name)) == []
-    assert reported == ["train-00000.h5", "train-00001.h5", "val-00000.h5"]
+    folder, manifest = data
+    assert verify_folder(folder) == []
+    with Verification(folder, manifest, manifest.shards, workers=2) as verification:
+        assert verification.wait(60.0)
+        assert verification.take_bytes() == sum(entry.file_bytes for entry in manifest.shards)
+        assert verification.problems() == []
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])

@@ -13,7 +13,7 @@ from hvdlm.config import UserError
 from hvdlm.data.entries import BLOCK_TOKENS
 from hvdlm.data.manifest import Manifest, TokenizerInfo, write_manifest
 from hvdlm.data.shards import write_shard
-from hvdlm.dataset import main
+from hvdlm.dataset.__main__ import main
 from hvdlm.text import TOKENIZERS
 from hvdlm.text.tokenizer import from_library
 

@@ -1,0 +1,4 @@
+"""stub"""
+HELP = DESCRIPTION = "x"
+def add_arguments(parser): pass
+def run(args): return 0
