@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, final
@@ -80,13 +81,10 @@ class Verification:
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._new_bytes = 0
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="verify")
-        started = {
-            entry.name: self._pool.submit(
-                verify_shard, folder / entry.name, entry, manifest.tokenizer, report=self._count, stop=self._stop
-            )
-            # A large shard that came last would keep one thread busy after all the others.
-            for entry in _largest_first(shards)
-        }
+        check = partial(verify_shard, tokenizer=manifest.tokenizer, report=self._count, stop=self._stop)
+        # A large shard that came last would keep one thread busy after all the others.
+        ordered = _largest_first(shards)
+        started = {entry.name: self._pool.submit(check, folder / entry.name, entry) for entry in ordered}
         self._futures = [started[entry.name] for entry in shards]
 
     def __enter__(self) -> Verification:

@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--document", metavar="K", type=int, help="print document K (from 0) of the split")
     parser.add_argument("--split", choices=SPLITS, default="train", help="of --document (default: train)")
     parser.add_argument(
-        "--ids", action="store_true", help="print the document's ids, each with its text, the final eos included"
+        "--ids",
+        action="store_true",
+        help="print the document's ids, each with its text, the final eos included",
     )
 
 

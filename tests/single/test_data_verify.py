@@ -27,7 +27,7 @@ from hvdlm.data.entries import BLOCK_TOKENS
 from hvdlm.data.manifest import Manifest, write_manifest
 from hvdlm.data.shards import write_shard
 from hvdlm.data.verify import BackgroundVerifier, verify_blocks
-from hvdlm.data.verify_all import Verification, share_by_size, verify_folder
+from hvdlm.data.verify_all import Verification, verify_folder
 
 SIZES = {"train-00000": BLOCK_TOKENS * 2 + 5, "train-00001": 3000, "val-00000": BLOCK_TOKENS + 1}
 BLOCKS = 3 + 1 + 2
