@@ -221,6 +221,8 @@ def _damaged(
 def _documents_end(tokens: np.ndarray, offsets: np.ndarray, block: int, eos_id: int) -> bool:
     """Whether every document that ends in this block does so with eos."""
     first = block * BLOCK_TOKENS
-    low, high = np.searchsorted(offsets, [first, first + len(tokens)], side="right")
+    # Of the offsets' own type: any other and numpy would convert the whole table for every block.
+    bounds = np.array([first, first + len(tokens)], offsets.dtype)
+    low, high = np.searchsorted(offsets, bounds, side="right")
     last = offsets[low:high] - np.uint64(first + 1)
     return bool((tokens[last.astype(np.int64)] == eos_id).all())

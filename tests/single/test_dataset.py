@@ -141,3 +141,22 @@ def test_the_command_line(data: tuple[Path, Manifest], tmp_path: Path) -> None:
     assert (missing.returncode, missing.stdout) == (2, "")
     assert missing.stderr.startswith("hvdlm dataset: error: ")
     assert missing.stderr.count("\n") == 1
+
+
+def test_inspect_shows_ids_with_their_text(
+    data: tuple[Path, Manifest], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(data[0]), "--document", "0", "--split", "val", "--ids"]) == 0
+    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [[str(ord(c)), repr(c)] for c in TEXTS["val"][0]] + [["256", "'<|endoftext|>'"]]
+    with pytest.raises(UserError, match="add --document"):
+        main(["inspect", str(data[0]), "--ids"])
+
+
+def test_one_process_touches_neither_torch_nor_mpi(data: tuple[Path, Manifest]) -> None:
+    """So `verify` starts in a moment, also on a login node where MPI aborts."""
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['mpi4py'] = sys.modules['horovod'] = None; "
+        f"from hvdlm.dataset.__main__ import main; sys.exit(main(['verify', {str(data[0])!r}]))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
