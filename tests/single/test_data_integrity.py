@@ -173,7 +173,10 @@ def test_forged_manifests_give_no_other_tokens_unnoticed(data: tuple[Path, Manif
     shards = json.loads(manifest.to_json())["shards"]
     for _ in range(200):
         record = json.loads(manifest.to_json())
-        for _ in range(rng.choice([1, 1, 2])):
+        if rng.random() < 0.2:
+            # Ids that exist, in the file, at the wrong place: only the blocks' digests tell.
+            rng.choice(record["shards"])["extents"]["tokens"]["offset"] -= 2 * rng.randrange(1, 200)
+        else:
             mutate(record, rng)
         try:
             entries = tuple(ShardEntry(**shard) for shard in record["shards"])
