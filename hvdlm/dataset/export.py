@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 
 from hvdlm.config import EXIT_DONE, UserError
-from hvdlm.corpus.progress import Progress
 from hvdlm.data.entries import SPLITS
 from hvdlm.data.manifest import read_manifest
 from hvdlm.data.megatron import with_suffix
 from hvdlm.data.megatron_writer import write_megatron
+from hvdlm.dataset.progress import Progress
 from hvdlm.dataset.terminal import say
 
 HELP = "write the tokens as Megatron-LM's .bin and .idx"

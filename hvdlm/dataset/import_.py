@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from hvdlm.config import EXIT_DONE, UserError
-from hvdlm.corpus.progress import Progress
 from hvdlm.data.chunks import Chunk, by_split, in_vocabulary, with_eos
 from hvdlm.data.entries import SPLITS, TokenizerInfo
 from hvdlm.data.files import TEMP_PREFIX, write_atomic
@@ -22,6 +21,7 @@ from hvdlm.data.megatron import open_index, read_megatron
 from hvdlm.data.nanogpt import file_size, read_nanogpt
 from hvdlm.data.repack import Repacker
 from hvdlm.data.shards import MAX_SHARD_TOKENS
+from hvdlm.dataset.progress import Progress
 from hvdlm.dataset.terminal import say
 from hvdlm.text.id_bytes import id_bytes
 from hvdlm.text.tokenizer import load

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from hvdlm.comm.launch import Launch, process_settings
 from hvdlm.config import EXIT_CRASH, EXIT_DONE, ParallelConfig
-from hvdlm.corpus.progress import Progress
 from hvdlm.data.entries import ShardEntry
 from hvdlm.data.manifest import Manifest, read_manifest
 from hvdlm.data.verify import Problem
 from hvdlm.data.verify_all import Verification, share_by_size, verify_tokenizer
+from hvdlm.dataset.progress import Progress
 from hvdlm.dataset.terminal import say
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from hvdlm.data.entries import BLOCK_TOKENS
 from hvdlm.data.manifest import Manifest, TokenizerInfo, write_manifest
 from hvdlm.data.shards import write_shard
 from hvdlm.dataset.__main__ import main
+from hvdlm.dataset.progress import Progress
 from hvdlm.text import TOKENIZERS
 from hvdlm.text.tokenizer import from_library
 
@@ -160,3 +161,15 @@ def test_one_process_touches_neither_torch_nor_mpi(data: tuple[Path, Manifest]) 
         f"from hvdlm.dataset.__main__ import main; sys.exit(main(['verify', {str(data[0])!r}]))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_batch_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("verify", 4_000_000, line_every_s=0.0) as progress:
+        progress(1_000_000)
+        progress(3_000_000)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" MB,")[0] for line in lines] == ["verify: 1.0 of 4.0", "verify: 4.0 of 4.0"]
+    assert lines[1].endswith(" MB/s, 0 s left")
+    with Progress("verify", 4_000_000) as progress:
+        progress(1_000_000)
+    assert capsys.readouterr().err == ""
