@@ -68,7 +68,8 @@ def _make(folder: Path, work: Work, names: Collection[str], workers: int) -> dic
     per_task = _read_tasks(folder)
     if made_from is None or per_task is None:
         raise UserError(
-            f"{folder}: does not say what it was made from; only a data set of preprocess can be repaired"
+            f"{folder}: does not say what it was made from; only a data set of preprocess can be repaired, "
+            "an imported one is imported again"
         )
     options = from_record(folder, made_from)
     source = look_up(options)

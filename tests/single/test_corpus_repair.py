@@ -12,6 +12,7 @@ from hvdlm.corpus import plan
 from hvdlm.corpus.repair import repair
 from hvdlm.data.manifest import read_manifest
 from hvdlm.data.verify_all import verify_folder
+from hvdlm.dataset import __main__ as dataset
 from hvdlm.preprocess.__main__ import main
 
 
@@ -53,6 +54,18 @@ def test_damaged_and_missing_shards_come_back_as_they_were(names: list[str], dam
     assert {problem.file for problem in verify_folder(damaged)} == {*names}
     repair(damaged, read_manifest(damaged), names, workers=1)
     assert {path.name: path.read_bytes() for path in damaged.iterdir()} == before
+
+
+def test_the_command(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (damaged / "train-00002.h5").read_bytes()
+    (damaged / "train-00002.h5").write_bytes(before[:-1])
+    assert run_command("dataset", lambda: dataset.main(["repair", str(damaged), "--workers", "1"])) == 0
+    said = capsys.readouterr().out
+    assert "train-00002.h5: bad: " in said
+    assert said.endswith(f"{damaged}: all intact\n")
+    assert (damaged / "train-00002.h5").read_bytes() == before
+    (damaged / "tokenizer.json").write_text("{}")
+    assert run_command("dataset", lambda: dataset.main(["repair", str(damaged), "--workers", "1"])) == 2
 
 
 def test_what_cannot_be_repaired(data: Path, damaged: Path) -> None:
