@@ -119,7 +119,7 @@ class CheckpointConfig:
     keep_last: int = 2
     """Checkpoints kept; at least 2, because the newest may be found damaged."""
     resume: str = "auto"
-    """'auto' = the newest valid checkpoint of the run; 'never' = refuse a used folder; or a PATH to begin at."""
+    """'auto' = the run's newest valid checkpoint; 'never' = refuse a used folder; or a PATH to begin at."""
 
 
 @dataclass(frozen=True)

@@ -1,134 +1,271 @@
-"""From options to a data set: the whole of `python -m hvdlm.preprocess`, without its words."""
+"""From options to a data set: the whole of `python -m hvdlm.preprocess`, without its words.
+
+Stages, each done by whoever of the crew is there; a stage is over when all its tasks are done:
+
+    open        one process looks the options up and writes the plan
+    hash, drop  with --dedup: find the duplicates
+    tokenizer   one process trains it, where it is to be trained
+    encode      the tasks: documents to shards
+    install     one process moves everything into place
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from hvdlm.config import UserError
-from hvdlm.corpus import existing
-from hvdlm.corpus.encode import Counts, Job, TaskResult, refuse_write, val_stem
+from hvdlm.config import EXIT_CRASH, EXIT_USAGE, UserError
+from hvdlm.corpus import crew as crews
+from hvdlm.corpus import dedup, existing, stats
+from hvdlm.corpus.crew import Crew
+from hvdlm.corpus.encode import encode_task, refuse_write
+from hvdlm.corpus.install import install
+from hvdlm.corpus.job import TOKENIZER_NAME, Job, Tally
 from hvdlm.corpus.options import Options, Source, look_up, record
 from hvdlm.corpus.plan import Task, make_plan
-from hvdlm.corpus.pool import run_tasks
+from hvdlm.corpus.pool import Team
 from hvdlm.corpus.progress import Progress
 from hvdlm.corpus.training_text import share_bytes, training_texts
-from hvdlm.corpus.write import ShardWriter, load
-from hvdlm.data.entries import ShardEntry, TokenizerInfo
+from hvdlm.corpus.work import GoneError, PeerError, StoppedError, Work
 from hvdlm.data.files import write_atomic
-from hvdlm.data.manifest import Manifest, write_manifest
+from hvdlm.data.manifest import Manifest, read_manifest
 from hvdlm.text import TOKENIZERS
-from hvdlm.text.tokenizer import Tokenizer, from_library
+from hvdlm.text.tokenizer import from_library
+
+_POLL_S = 0.2
+_WORTH_KEEPING = ("hash", "encode")
+_TIMED = ("hash", "tokenizer", "encode")
 
 
 @dataclass(frozen=True)
 class Built:
-    """A data set, and what became of the documents: None where it was there already."""
+    """A data set, and what is known of how it was made: `made` is false where it was there already."""
 
     manifest: Manifest
-    counts: Counts | None
+    stats: dict[str, Any]
+    made: bool
 
 
-def build(options: Options, *, workers: int, force: bool = False, wait: bool = False) -> Built:
-    """Make a data set, or find it already made. The number of workers does not show in its bytes.
+def build(
+    options: Options,
+    *,
+    workers: int,
+    crew: Crew | None = None,
+    force: bool = False,
+    wait: bool = False,
+    wants_stop: Callable[[], bool] = lambda: False,
+) -> Built:
+    """Make a data set, go on with one that was begun, or find it already made.
+
+    Neither the number of processes nor what happened to them shows in its bytes.
 
     Args:
         options: what to make.
-        workers: processes at most.
-        force: replace another data set in the folder.
+        workers: processes of this member of the crew.
+        crew: who makes it together; None = this process alone.
+        force: replace another data set in the folder, or the unfinished work of one.
         wait: wait for another run that writes to the same folder.
+        wants_stop: asked now and then whether to stop.
 
     Returns:
         The data set.
 
     Raises:
-        UserError: options that cannot be, bad input, a folder in use, a full disk.
+        UserError: options that cannot be, bad input, a folder in use, a full disk; `StoppedError`
+            after a stop, `PeerError` where another process failed.
     """
-    source = look_up(options)
-    made_from = record(options, source)
-    with existing.claimed(options.out, wait=wait):
-        same = existing.find_same(options.out, made_from, force=force)
-        if same:
-            return Built(same, None)
+    crew = crew or crews.alone()
+    with existing.claimed(options.out, wait=wait, crew=crew):
         try:
-            work = existing.clear_work(options.out)
-            job, entries, counts = _encode(options, source, work, workers)
-            existing.remove_data_set(options.out)
-            existing.write_record(options.out, made_from)
-            return Built(_install(options.out, job, entries), counts)
+            work = Work(options.out / existing.WORK_NAME, crew, wants_stop)
         except OSError as error:
             refuse_write(options.out, error)
-        finally:
-            existing.remove_work(options.out)
+        try:
+            made = _build(options, work, workers=workers, force=force)
+        except GoneError:
+            made = True
+        except OSError as error:
+            _fail(work, error)
+            refuse_write(options.out, error)
+        except BaseException as error:
+            _fail(work, error)
+            raise
+        work.remove()
+        return Built(read_manifest(options.out), stats.read(options.out), made)
 
 
-def _encode(
-    options: Options, source: Source, work: Path, workers: int
-) -> tuple[Job, list[ShardEntry], Counts]:
-    """Everything but the last renames: shards and tokenizer in `work`."""
+def _fail(work: Work, error: BaseException) -> None:
+    """Tell the others, and keep what was done where it is worth going on with."""
+    if isinstance(error, PeerError | StoppedError):
+        return
+    told = f"{type(error).__name__}: {error}"
+    work.fail(error if isinstance(error, UserError) else UserError(told, EXIT_CRASH))
+    with suppress(GoneError, OSError):
+        # What a start that was refused has found there is another's.
+        own = work.is_done("open", 0) or existing.read_record(work.folder) is None
+        if own and work.crew.size == 1 and not any(work.done(stage) for stage in _WORTH_KEEPING):
+            work.remove()
+
+
+def _build(options: Options, work: Work, *, workers: int, force: bool) -> bool:
+    """All stages; False where the data set was there already."""
+    opened = _once(work, "open", lambda: _open(options, work, force=force))
+    if opened["same"]:
+        return False
+    job = job_of(options, work.folder)
+    count, total_bytes = opened["tasks"], opened["bytes"]
+    shows = work.crew.rank == 0 or work.crew.apart
+    with (
+        Progress(work, shows=shows) as progress,
+        Team(work, job, workers=workers, report=progress) as team,
+    ):
+        if job.keep.dedup:
+            find_duplicates(work, team, progress, count=count, total_bytes=total_bytes)
+        _once(work, "tokenizer", lambda: _tokenizer(options, job, opened, progress))
+        progress.stage("encode", count=count, total_bytes=total_bytes, before=_done_before(work, job))
+        team.run("encode", encode_task, count)
+    _once(work, "install", lambda: _install(options, work, job, opened))
+    return True
+
+
+def find_duplicates(work: Work, team: Team, progress: Progress, *, count: int, total_bytes: int) -> None:
+    """The two stages that find out which documents are there twice.
+
+    Args:
+        work: where results are kept.
+        team: does the work.
+        progress: shows it.
+        count: tasks of the plan.
+        total_bytes: their weight.
+
+    Raises:
+        UserError: bad input, or a full disk.
+    """
+    progress.stage("hash", count=count, total_bytes=total_bytes)
+    team.run("hash", dedup.hash_task, count)
+    ranges = dedup.count_ranges(sum(work.result("hash", i)["documents"] for i in range(count)))
+    team.run("drop", partial(dedup.find_drops, ranges=ranges, tasks=count), ranges)
+
+
+def _once(work: Work, stage: str, do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A stage of one task, done by this process itself or by another."""
+    while not work.is_done(stage, 0):
+        work.check()
+        if work.claim(stage, 1) is not None:
+            work.finish(stage, 0, do())
+        else:
+            time.sleep(_POLL_S)
+    return work.result(stage, 0)
+
+
+def _open(options: Options, work: Work, *, force: bool) -> dict[str, Any]:
+    """Look the options up; write the plan, unless the data set is there already."""
+    source = look_up(options)
+    made_from = record(options, source)
+    if existing.find_same(options.out, made_from, force=force) is not None:
+        return {"same": True}
+    existing.open_work(options.out, work, made_from, force=force)
+    tasks = plan_of(options, source)
+    job_of(options, work.folder).write_plan(tasks)
+    if source.tokenizer:
+        write_atomic(work.folder / TOKENIZER_NAME, source.tokenizer.json_bytes)
+    return {
+        "same": False,
+        "tasks": len(tasks),
+        "bytes": sum(task.size_bytes for task in tasks),
+        "vocab_size": source.vocab_size,
+        "given": source.tokenizer is not None,
+        "record": made_from,
+    }
+
+
+def job_of(options: Options, folder: Path) -> Job:
+    """What all tasks of a data set have in common."""
+    return Job(
+        folder,
+        options.eos,
+        options.read,
+        options.keep,
+        options.val_fraction,
+        options.shard_tokens,
+        options.seed,
+    )
+
+
+def plan_of(options: Options, source: Source) -> list[Task]:
+    """The tasks of a data set."""
     read = options.read
-    tasks = make_plan(
+    return make_plan(
         source.files, source.val_files, document=read.document, field=read.field, seed=options.seed
     )
-    tokenizer = source.tokenizer or _train(tasks, options, source.vocab_size)
-    write_atomic(work / existing.TOKENIZER_NAME, tokenizer.json_bytes)
-    info = TokenizerInfo(
-        existing.TOKENIZER_NAME, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id
-    )
-    job = Job(work, info, options.eos, read, options.val_fraction, options.shard_tokens, options.seed)
-    with Progress("encode", sum(task.size_bytes for task in tasks)) as progress:
-        results = run_tasks(tasks, job, workers=workers, report=progress)
-    counts = reduce(add, (result.counts for result in results), Counts())
-    _refuse_empty(counts, options)
-    return job, [*(entry for result in results for entry in result.train), *_merge_val(results, job)], counts
 
 
-def _train(tasks: Sequence[Task], options: Options, vocab_size: int) -> Tokenizer:
-    builder = TOKENIZERS[options.tokenizer]
-    if options.tokenizer == "byte":
-        return from_library(builder([], vocab_size))
-    share = share_bytes(tasks)
-    with Progress(
-        f"train {options.tokenizer} tokenizer", sum(min(task.size_bytes, share) for task in tasks)
-    ) as progress:
-        texts = training_texts(tasks, options.read, val_fraction=options.val_fraction, report=progress)
-        return from_library(builder(texts, vocab_size))
+def _done_before(work: Work, job: Job) -> Tally:
+    done = work.done("encode")
+    return Tally(sum(job.task(index).size_bytes for index in done), tasks=len(done))
 
 
-def _refuse_empty(counts: Counts, options: Options) -> None:
-    if counts.train and counts.val:
-        return
-    found = f"train has {counts.train} documents, val has {counts.val}"
-    if not counts.train and not counts.val:
+def _tokenizer(options: Options, job: Job, opened: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Train the tokenizer, where none was given."""
+    begun = time.monotonic()
+    if not opened["given"]:
+        builder = TOKENIZERS[options.tokenizer]
+        texts: Iterator[str] = iter(())
+        if options.tokenizer != "byte":
+            count, total_bytes = opened["tasks"], opened["bytes"]
+            share = share_bytes(count, total_bytes)
+            progress.stage(
+                f"train {options.tokenizer} tokenizer",
+                count=count,
+                total_bytes=min(total_bytes, share * count),
+            )
+            texts = training_texts(job, count, total_bytes=total_bytes, report=progress)
+        trained = from_library(builder(texts, opened["vocab_size"]))
+        write_atomic(job.folder / TOKENIZER_NAME, trained.json_bytes)
+    return {"seconds": time.monotonic() - begun}
+
+
+def _install(options: Options, work: Work, job: Job, opened: dict[str, Any]) -> dict[str, Any]:
+    encoded = [work.result("encode", index) for index in range(opened["tasks"])]
+    try:
+        _refuse_empty(stats.total([result["counts"] for result in encoded]), encoded, options)
+    except UserError:
+        # The same command cannot do better: what is done helps nobody.
+        for stage in _WORTH_KEEPING:
+            shutil.rmtree(work.folder / "done" / stage, ignore_errors=True)
+        raise
+    stages = {stage: [work.result(stage, index) for index in work.done(stage)] for stage in _TIMED}
+    seconds = {stage: sum(one["seconds"] for one in results) for stage, results in stages.items() if results}
+    install(options.out, job, encoded, record=opened["record"], seconds=seconds)
+    return {}
+
+
+def _refuse_empty(left_out: dict[str, int], encoded: list[dict[str, Any]], options: Options) -> None:
+    documents = {
+        split: sum(result["splits"][split]["documents"] for result in encoded) for split in ("train", "val")
+    }
+    if left_out["bad"] > options.keep.max_errors:
         raise UserError(
-            f"{' '.join(options.inputs)}: no documents ({counts.empty} empty, {counts.skipped} skipped), so "
-            f"{found}; needed some text in both"
+            f"{left_out['bad']} bad records, allowed are --max-errors {options.keep.max_errors}; they are "
+            f"listed in {options.out / existing.WORK_NAME}/rejects-*.jsonl; repair them or allow for more"
+        )
+    if documents["train"] and documents["val"]:
+        return
+    found = f"train has {documents['train']} documents, val has {documents['val']}"
+    if not documents["train"] and not documents["val"]:
+        reasons = (
+            ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none at all"
+        )
+        raise UserError(
+            f"{' '.join(options.inputs)}: no documents ({reasons}), so {found}; needed some text in both"
         )
     cure = "give more documents, cut them by --document paragraph or line, or name other inputs by --val"
     if not options.val:
         cure = f"{cure}, or change --val-fraction {options.val_fraction}"
-    raise UserError(f"a split is empty: {found}; {cure}")
-
-
-def _merge_val(results: Sequence[TaskResult], job: Job) -> list[ShardEntry]:
-    """Join the validation documents of all tasks, in the order of the plan."""
-    writer = ShardWriter(job.folder / "val", "val", shard_tokens=job.shard_tokens, tokenizer=job.tokenizer)
-    for result in results:
-        writer.add(load(val_stem(job, result.index), job.tokenizer.token_dtype))
-    writer.flush()
-    return writer.entries
-
-
-def _install(out: Path, job: Job, entries: Sequence[ShardEntry]) -> Manifest:
-    """Move everything into place, the manifest last; shards are numbered through in the order of the plan."""
-    (job.folder / job.tokenizer.file).rename(out / job.tokenizer.file)
-    numbered: list[ShardEntry] = []
-    for split in ("train", "val"):
-        for number, entry in enumerate(entry for entry in entries if entry.split == split):
-            name = f"{split}-{number:05d}.h5"
-            (job.folder / entry.name).rename(out / name)
-            numbered.append(replace(entry, name=name))
-    return write_manifest(out, numbered, tokenizer=job.tokenizer)
+    raise UserError(f"a split is empty: {found}; {cure}", EXIT_USAGE)

@@ -3,136 +3,80 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-import xxhash
+import numpy as np
 
 from hvdlm.config import EXIT_CRASH, EXIT_USAGE, UserError
+from hvdlm.corpus.dedup import drops_of
+from hvdlm.corpus.documents import Rejects, kept_documents, split_of
+from hvdlm.corpus.job import Job, Report, Tally
+from hvdlm.corpus.piles import Pile, PileWriter, remove, save_in_order
 from hvdlm.corpus.plan import Task
-from hvdlm.corpus.readers import ReadOptions, read_documents
-from hvdlm.corpus.write import DocumentList, ShardWriter, save
-from hvdlm.data.entries import SPLITS, ShardEntry, TokenizerInfo
-from hvdlm.text.tokenizer import Tokenizer
+from hvdlm.corpus.stats import summary
+from hvdlm.corpus.write import ShardWriter
+from hvdlm.data.entries import SPLITS
+from hvdlm.data.files import TEMP_PREFIX
+from hvdlm.data.order import permute
+from hvdlm.text.pieces import cut
 
 _BATCH_CHARS = 1 << 18
-_BATCH_DOCUMENTS = 1024
+_BATCH_PARTS = 1024
 
 
-@dataclass(frozen=True)
-class Job:
-    """What every task of a run has in common.
+class Part(NamedTuple):
+    """A piece of a document short enough to be encoded at once, and whether the document ends with it."""
 
-    Attributes:
-        folder: where tasks write; it holds the tokenizer's file.
-        tokenizer: what makes the ids.
-        eos: name of the token that ends a document, or "" for the usual ones.
-        read: how documents are read.
-        val_fraction: share of documents that goes to validation, 0..1.
-        shard_tokens: tokens a shard at most.
-        seed: of the order of documents.
-    """
-
-    folder: Path
-    tokenizer: TokenizerInfo
-    eos: str
-    read: ReadOptions
-    val_fraction: float
-    shard_tokens: int
-    seed: int
+    text: str
+    split: str
+    ends: bool
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What became of documents: kept for training, kept for validation, empty, skipped as not UTF-8."""
-
-    train: int = 0
-    val: int = 0
-    empty: int = 0
-    skipped: int = 0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.train + other.train,
-            self.val + other.val,
-            self.empty + other.empty,
-            self.skipped + other.skipped,
-        )
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """What a task left in the job's folder: its shards for training, and its validation piece by index."""
-
-    index: int
-    train: tuple[ShardEntry, ...]
-    counts: Counts
-
-
-def split_of(task: Task, text: bytes, val_fraction: float) -> str:
-    """Where a document goes: by its own hash, so equal ones stay together whatever else is there.
+def encode_task(index: int, job: Job, report: Report) -> dict[str, Any]:
+    """Encode a task. What it leaves in the job's folder follows from plan and job alone.
 
     Args:
-        task: may decide by itself.
-        text: UTF-8.
-        val_fraction: 0..1.
+        index: of the task.
+        job: common to all.
+        report: called with what was newly counted, now and then.
 
     Returns:
-        "train" or "val".
-    """
-    if task.split:
-        return task.split
-    return "val" if xxhash.xxh3_64_intdigest(text) < val_fraction * 2.0**64 else "train"
-
-
-def encode_task(task: Task, job: Job, tokenizer: Tokenizer, report: Callable[[int], None]) -> TaskResult:
-    """Encode a task. Its output follows from task and job alone.
-
-    Args:
-        task: from the plan.
-        job: common to all tasks.
-        tokenizer: loaded from the job's folder.
-        report: called with newly read bytes (of the plan's weights) now and then.
-
-    Returns:
-        What was written.
+        JSON: `train`, the entries of its shards; `counts` of what was left out; `splits`, statistics;
+        `seconds`. Its validation documents are a pile (`val_stem`).
 
     Raises:
         UserError: bad input, or a full disk.
     """
-    kept = {s: DocumentList(job.shard_tokens, job.tokenizer.eos_id, tokenizer.dtype) for s in SPLITS}
-    counts = Counts()
-    for texts, more_counts, read_bytes in _batches(task, job.read):
-        counts += more_counts
-        encoded = tokenizer.encode_batch(texts)
-        raws = [text.encode() for text in texts]
-        splits = [split_of(task, raw, job.val_fraction) for raw in raws]
-        for split, documents in kept.items():
-            chosen = [i for i, s in enumerate(splits) if s == split]
-            documents.add([encoded[i] for i in chosen], [len(raws[i]) for i in chosen])
-        counts += Counts(train=splits.count("train"), val=splits.count("val"))
-        report(read_bytes)
+    begun = time.monotonic()
+    task, rejects = job.task(index), Rejects(job.keep.max_errors)
+    stems = {s: job.folder / f"{TEMP_PREFIX}{secrets.token_hex(6)}-{index:05d}-{s}" for s in SPLITS}
     try:
-        shards = ShardWriter(
-            job.folder / f"train-{task.index:05d}",
-            "train",
-            shard_tokens=job.shard_tokens,
-            tokenizer=job.tokenizer,
-        )
-        for block in kept["train"].take().shuffled(seed=job.seed, task=task.index):
-            shards.add(block)
-        shards.flush()
-        save(val_stem(job, task.index), kept["val"].take().shuffled(seed=job.seed, task=task.index))
+        _encode(task, job, rejects, stems=stems, report=report)
+        train, statistics = _write(index, job, stems)
+        rejects.save(rejects_path(job, index))
     except OSError as error:
         refuse_write(job.folder, error)
-    return TaskResult(task.index, tuple(shards.entries), counts)
+    finally:
+        for stem in stems.values():
+            remove(stem)
+    seconds = time.monotonic() - begun
+    return {"train": train, "counts": rejects.counts, "splits": statistics, "seconds": seconds}
 
 
 def val_stem(job: Job, index: int) -> Path:
     """Where a task's validation documents wait to be merged."""
     return job.folder / f"val-{index:05d}"
+
+
+def rejects_path(job: Job, index: int) -> Path:
+    """Where a task writes which documents it rejected."""
+    return job.folder / f"rejects-{index:05d}.jsonl"
 
 
 def refuse_write(folder: Path, error: OSError) -> NoReturn:
@@ -146,19 +90,79 @@ def refuse_write(folder: Path, error: OSError) -> NoReturn:
     raise UserError(f"{folder}: cannot be written: {error.strerror}; {cure}", code) from error
 
 
-def _batches(task: Task, read: ReadOptions) -> Iterator[tuple[list[str], Counts, int]]:
-    """Texts to encode in one call, what else was met, and how many bytes were read since the last."""
-    texts: list[str] = []
-    chars = empty = skipped = before = told = 0
-    for piece in task.pieces:
-        for text, done_bytes in read_documents(piece, read):
-            if not text:
-                skipped, empty = skipped + (text is None), empty + (text == "")
-                continue
-            texts.append(text)
-            chars += len(text)
-            if chars >= _BATCH_CHARS or len(texts) >= _BATCH_DOCUMENTS:
-                yield texts, Counts(empty=empty, skipped=skipped), before + done_bytes - told
-                texts, chars, empty, skipped, told = [], 0, 0, 0, before + done_bytes
-        before += piece.size_bytes
-    yield texts, Counts(empty=empty, skipped=skipped), before - told
+def _encode(task: Task, job: Job, rejects: Rejects, *, stems: dict[str, Path], report: Report) -> None:
+    """Encode the kept documents into a pile for each split."""
+    encoder = job.tokenizer
+    with ExitStack() as stack:
+        piles = {
+            split: stack.enter_context(
+                PileWriter(stem, eos_id=encoder.eos_id, dtype=encoder.dtype, limit=job.shard_tokens - 1)
+            )
+            for split, stem in stems.items()
+        }
+        document_bytes = told = 0
+        for parts, done_bytes in _batches(task, job, rejects):
+            tokens = 0
+            for part, ids in zip(parts, encoder.encode_batch([part.text for part in parts]), strict=True):
+                piles[part.split].add(ids)
+                tokens += len(ids)
+                document_bytes += len(part.text) if part.text.isascii() else len(part.text.encode())
+                if part.ends:
+                    piles[part.split].end(document_bytes)
+                    document_bytes = 0
+            documents = sum(part.ends for part in parts)
+            report(Tally(done_bytes - told, documents, tokens + documents))
+            told = done_bytes
+        for pile in piles.values():
+            pile.flush()
+    report(Tally(task.size_bytes - told, rejected=rejects.rejected))
+
+
+def _write(index: int, job: Job, stems: dict[str, Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Shuffle the piles: the one for training into shards, the other into a pile to be merged."""
+    dtype = job.tokenizer.dtype
+    with Pile(stems["train"], dtype) as train, Pile(stems["val"], dtype) as val:
+        shards = ShardWriter(
+            job.folder / f"train-{index:05d}",
+            "train",
+            shard_tokens=min(job.shard_tokens, int(train.lengths.sum())),
+            tokenizer=job.tokenizer_info,
+        )
+        shards.add(train, _shuffled(len(train.lengths), job.seed, index))
+        shards.flush()
+        save_in_order(val, _shuffled(len(val.lengths), job.seed, index), val_stem(job, index), dtype)
+        statistics = {"train": summary(train), "val": summary(val)}
+    return [asdict(entry) for entry in shards.entries], statistics
+
+
+def _shuffled(n: int, seed: int, task: int) -> np.ndarray:
+    """An order of n documents that follows from (seed, task): int64 [n]."""
+    if n == 0:
+        return np.zeros(0, np.int64)
+    return permute(np.arange(n), n, seed=seed, epochs=np.full(n, task, np.int64))
+
+
+def _batches(task: Task, job: Job, rejects: Rejects) -> Iterator[tuple[list[Part], int]]:
+    """Parts to encode in one call, and how many bytes of the task are read by then."""
+    parts: list[Part] = []
+    chars = done_bytes = 0
+    duplicates = set(drops_of(task.index, job).tolist())
+    for number, (text, done_bytes) in enumerate(kept_documents(task, job, rejects)):
+        if number in duplicates:
+            rejects.count("duplicate")
+            continue
+        split, pieces = split_of(task, text, job.val_fraction), cut(text)
+        for piece in pieces:
+            parts.append(Part(piece, split, False))
+            chars += len(piece)
+            if chars >= _BATCH_CHARS or len(parts) >= _BATCH_PARTS:
+                # The last part of a text is known as such only when the next is asked for.
+                following = next(pieces, None)
+                parts[-1] = Part(piece, split, following is None)
+                yield parts, done_bytes
+                parts, chars = [], 0
+                if following is not None:
+                    parts, chars = [Part(following, split, False)], len(following)
+        if parts:
+            parts[-1] = parts[-1]._replace(ends=True)
+    yield parts, done_bytes

@@ -5,13 +5,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from hvdlm.config import UserError
+from hvdlm.corpus.crew import Crew
+from hvdlm.corpus.job import TOKENIZER_NAME
+from hvdlm.corpus.work import Work
 from hvdlm.data import manifest as manifests
 from hvdlm.data.entries import SPLITS
 from hvdlm.data.files import TEMP_PREFIX, write_atomic
@@ -19,32 +21,37 @@ from hvdlm.data.manifest import Manifest, read_manifest
 
 RECORD_NAME = "preprocess.json"
 """What a data set was made from. Written before the shards, so a killed run is known as one."""
-TOKENIZER_NAME = "tokenizer.json"
+TASKS_NAME = "tasks.json"
+"""How many training shards each task made."""
+_BESIDE = ("stats.json", "seconds.json", "lengths.png", "rejects.jsonl")
 WORK_NAME = f"{TEMP_PREFIX}preprocess"
 
 
 @contextmanager
-def claimed(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Make a folder and hold it against other runs on this host; the hold dies with the process.
+def claimed(folder: Path, *, wait: bool, crew: Crew) -> Iterator[None]:
+    """Make a folder and hold it against other runs; the hold dies with the process.
 
     Args:
         folder: made with its parents; removed again if it stays empty.
         wait: wait for another run to end instead of refusing.
+        crew: rank 0 of a job holds it for all; the elements of a job array hold it together.
 
     Raises:
         UserError: it cannot be made, or another run holds it.
     """
-    fd = _lock(folder, wait=wait)
+    kind = fcntl.LOCK_SH if crew.apart else fcntl.LOCK_EX if crew.rank == 0 else 0
+    fd = _lock(folder, kind, wait=wait)
     try:
         yield
     finally:
         # Still under the lock: else this could take the folder from under the next run.
         with suppress(OSError):
-            folder.rmdir()
+            if kind:
+                folder.rmdir()
         os.close(fd)
 
 
-def _lock(folder: Path, *, wait: bool) -> int:
+def _lock(folder: Path, kind: int, *, wait: bool) -> int:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +59,8 @@ def _lock(folder: Path, *, wait: bool) -> int:
         except OSError as error:
             raise UserError(f"{folder}: cannot be made: {error.strerror}; choose another --out") from None
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if kind:
+                fcntl.flock(fd, kind | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             os.close(fd)
             raise UserError(
@@ -83,7 +91,7 @@ def find_same(folder: Path, record: dict[str, Any], *, force: bool) -> Manifest 
     if force:
         return None
     has_manifest = (folder / manifests.FILE_NAME).exists()
-    before = _read_record(folder)
+    before = read_record(folder)
     if not has_manifest and (before is not None or not _shards(folder)):
         return None
     if not has_manifest:
@@ -94,7 +102,7 @@ def find_same(folder: Path, record: dict[str, Any], *, force: bool) -> Manifest 
         raise UserError(
             f"{folder}: holds a data set of unknown origin; choose another --out, or replace it by --force"
         )
-    if before != record:
+    if _comparable(before) != _comparable(record):
         raise UserError(
             f"{folder}: holds a data set made otherwise ({_difference(before, record)}); "
             "choose another --out, or replace it by --force"
@@ -107,29 +115,36 @@ def find_same(folder: Path, record: dict[str, Any], *, force: bool) -> Manifest 
     return manifest
 
 
-def clear_work(folder: Path) -> Path:
-    """Remove what a killed run left, and make an empty folder for the work of this one.
+def open_work(folder: Path, work: Work, record: dict[str, Any], *, force: bool) -> None:
+    """Go on with the work of an earlier start, or begin it.
 
     Raises:
-        OSError: nothing can be written there.
+        UserError: the work is of a data set made otherwise, and may not be thrown away.
     """
-    remove_work(folder)
-    work = folder / WORK_NAME
-    work.mkdir()
-    return work
+    work.remove_leftovers()
+    before = read_record(work.folder)
+    if before is not None and _comparable(before) != _comparable(record) and not force:
+        raise UserError(
+            f"{folder}: holds unfinished work, begun otherwise ({_difference(before, record)}); "
+            "put that back to go on, choose another --out, or begin anew with --force"
+        )
+    if before is None or _comparable(before) != _comparable(record):
+        work.begin_anew()
+        write_record(work.folder, record)
 
 
-def remove_work(folder: Path) -> None:
-    """Remove the folder of `clear_work`."""
-    shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
+def holds_rest_of(folder: Path, record: dict[str, Any]) -> bool:
+    """Whether a start that was killed while it moved its files left some of this very data set here."""
+    before = read_record(folder)
+    unfinished = not (folder / manifests.FILE_NAME).exists()
+    return unfinished and before is not None and _comparable(before) == _comparable(record)
 
 
 def remove_data_set(folder: Path) -> None:
     """Remove a data set or the rest of one, the manifest first, so that half of one is never taken for it."""
     (folder / manifests.FILE_NAME).unlink(missing_ok=True)
     for path in [
-        folder / RECORD_NAME,
-        folder / TOKENIZER_NAME,
+        *(folder / name for name in (RECORD_NAME, TASKS_NAME, TOKENIZER_NAME, *_BESIDE)),
         *_shards(folder),
         *folder.glob(f"{TEMP_PREFIX}*"),
     ]:
@@ -146,7 +161,16 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     write_atomic(folder / RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
 
 
-def _read_record(folder: Path) -> dict[str, Any] | None:
+def write_tasks(folder: Path, shards: Sequence[int]) -> None:
+    """Write how many training shards each task made, so that one can be made again.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    write_atomic(folder / TASKS_NAME, (json.dumps({"train_shards": list(shards)}) + "\n").encode())
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((folder / RECORD_NAME).read_bytes())
     except (OSError, ValueError):
@@ -158,7 +182,13 @@ def _shards(folder: Path) -> list[Path]:
     return [path for split in SPLITS for path in folder.glob(f"{split}-[0-9]*.h5")]
 
 
+def _comparable(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what does not show in the data set: by which words its inputs were named."""
+    return {key: value for key, value in record.items() if key != "sources"}
+
+
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    before, now = _comparable(before), _comparable(now)
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     parts = [f"{key} {_short(before.get(key))} then, {_short(now.get(key))} now" for key in keys]
     return "; ".join(parts)

@@ -43,19 +43,26 @@ def read_lines(piece: Piece) -> Iterator[Line]:
     """
     with Path(piece.path).open("rb") as file:
         file.seek(piece.start)
-        number, begun = 1, list[bytes]()
+        number, begun = 1, bytearray()
         with closing(_DECOMPRESS[piece.kind](file, piece)) as chunks:
             for chunk in _without_mark(chunks) if piece.start == 0 else chunks:
                 done_bytes = min(file.tell(), piece.end) - piece.start
                 *complete, rest = chunk.split(b"\n")
                 for part in complete:
-                    yield Line(number, b"".join([*begun, part, b"\n"]), done_bytes)
-                    begun.clear()
+                    begun += part
+                    begun += b"\n"
+                    yield Line(number, _take(begun), done_bytes)
                     number += 1
-                if rest:
-                    begun.append(rest)
+                begun += rest
         if begun:
-            yield Line(number, b"".join(begun), piece.size_bytes)
+            yield Line(number, _take(begun), piece.size_bytes)
+
+
+def _take(begun: bytearray) -> bytes:
+    """What was collected, once; a line of many megabytes gives its memory back."""
+    line = bytes(begun)
+    begun.clear()
+    return line
 
 
 def parts_of(lines: Iterable[Line], document: str) -> Iterator[Line]:

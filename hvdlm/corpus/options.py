@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from hvdlm.config import UserError
 from hvdlm.corpus import stdlib
+from hvdlm.corpus.job import TOKENIZER_NAME, Keep
 from hvdlm.corpus.readers import ReadOptions
 from hvdlm.corpus.sources import InputFile, digest, find_inputs
 from hvdlm.data.shards import MAX_SHARD_TOKENS
@@ -17,6 +19,7 @@ from hvdlm.text import tokenizer as tokenizers
 from hvdlm.text.tokenizer import Tokenizer
 
 MIN_SHARD_TOKENS = 16
+_ALL = 1 << 62  # Bad records that were allowed once are allowed again.
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Options:
         vocab_size: tokens of a trained tokenizer; 0 = its default (demo corpus: 1024).
         eos: name of the token that ends a document; "" = by its usual names.
         read: how documents are read.
+        keep: which are kept.
         val_fraction: share of documents that goes to validation by hash.
         val: inputs for validation, instead of a share.
         shard_tokens: tokens a shard at most.
@@ -42,6 +46,7 @@ class Options:
     vocab_size: int = 0
     eos: str = ""
     read: ReadOptions = field(default_factory=ReadOptions)
+    keep: Keep = field(default_factory=Keep)
     val_fraction: float = 0.05
     val: tuple[str, ...] = ()
     shard_tokens: int = MAX_SHARD_TOKENS
@@ -79,6 +84,9 @@ def look_up(options: Options) -> Source:
         raise UserError(
             f"--shard-tokens {options.shard_tokens}: needed {MIN_SHARD_TOKENS} to {MAX_SHARD_TOKENS} tokens"
         )
+    keep = options.keep
+    if keep.max_chars and keep.max_chars < keep.min_chars:
+        raise UserError(f"--max-chars {keep.max_chars}: is below --min-chars {keep.min_chars}")
     files = find_inputs(options.inputs) if options.inputs else stdlib.find()
     val_files = find_inputs(options.val)
     both = {file.path for file in files} & {file.path for file in val_files}
@@ -110,9 +118,35 @@ def record(options: Options, source: Source) -> dict[str, Any]:
         "field": options.read.field,
         "document": options.read.document,
         "invalid": options.read.invalid,
+        "dedup": options.keep.dedup,
+        "min_chars": options.keep.min_chars,
+        "max_chars": options.keep.max_chars,
         "shard_tokens": options.shard_tokens,
         "seed": options.seed,
+        # For making a shard again: the only paths in a data set, and no reader needs them.
+        "sources": {"inputs": _absolute(options.inputs), "val": _absolute(options.val)},
     }
+
+
+def from_record(out: Path, made_from: dict[str, Any]) -> Options:
+    """The options that a record was made from; its tokenizer is the one that lies in the data set."""
+    sources, val = made_from["sources"], made_from["val"]
+    return Options(
+        out,
+        tuple(sources["inputs"]),
+        str(out / TOKENIZER_NAME),
+        eos=made_from["eos"],
+        read=ReadOptions(made_from["field"], made_from["document"], made_from["invalid"]),
+        keep=Keep(made_from["min_chars"], made_from["max_chars"], _ALL, dedup=made_from["dedup"]),
+        val_fraction=val if isinstance(val, float) else Options.val_fraction,
+        val=tuple(sources["val"]),
+        shard_tokens=made_from["shard_tokens"],
+        seed=made_from["seed"],
+    )
+
+
+def _absolute(inputs: Sequence[str]) -> list[str]:
+    return [os.path.abspath(text) for text in inputs]  # noqa: PTH100 (a glob is no path)
 
 
 def _totals(files: Sequence[InputFile]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,13 +30,17 @@ _RECORD_END = {"line": re.compile(rb"\n"), "paragraph": re.compile(rb"\n\r?\n")}
 
 @dataclass(frozen=True)
 class Piece:
-    """A file or a part of one: [start, end) in bytes (row groups for parquet), and its weight in bytes."""
+    """A file or a part of one: [start, end) in bytes (row groups for parquet), and its weight in bytes.
+
+    `changed_ns` is when the file was last changed as the plan was made; 0 = not known.
+    """
 
     path: str
     kind: str
     start: int
     end: int
     size_bytes: int
+    changed_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,11 @@ class Task:
     def size_bytes(self) -> int:
         """Weight of the pieces."""
         return sum(piece.size_bytes for piece in self.pieces)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Task:
+        """What `dataclasses.asdict` made of a task."""
+        return Task(value["index"], value["split"], tuple(Piece(**piece) for piece in value["pieces"]))
 
 
 def make_plan(
@@ -116,7 +126,7 @@ def _cut(file: InputFile, task_bytes: int, document: str, field: str) -> Iterato
     if file.kind in ("jsonl", "text") and separator:
         starts = _record_starts(file, task_bytes, separator)
     for start, end in zip(starts, [*starts[1:], file.size_bytes], strict=True):
-        yield Piece(file.path, file.kind, start, end, end - start)
+        yield Piece(file.path, file.kind, start, end, end - start, file.changed_ns)
 
 
 def _record_starts(file: InputFile, task_bytes: int, separator: re.Pattern[bytes]) -> list[int]:
@@ -147,5 +157,5 @@ def _cut_row_groups(file: InputFile, task_bytes: int, field: str) -> Iterator[Pi
     for index, size_bytes in enumerate(sizes):
         weight += size_bytes
         if weight >= task_bytes or index + 1 == len(sizes):
-            yield Piece(file.path, file.kind, start, index + 1, weight)
+            yield Piece(file.path, file.kind, start, index + 1, weight, file.changed_ns)
             start, weight = index + 1, 0

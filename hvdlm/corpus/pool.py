@@ -1,6 +1,7 @@
-"""Worker processes: spawned, fed one task at a time, never waited for when they are dead.
+"""The workers of one process: spawned, fed one task at a time, never waited for when they are dead.
 
-Not concurrent.futures: it cannot say which worker died of what, nor stop one in the middle of a task.
+Not concurrent.futures: it cannot say which worker died of what, nor stop one in the middle of a
+task. Spawned, because MPI and its network do not survive a fork.
 """
 
 from __future__ import annotations
@@ -9,110 +10,153 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from typing import Any, final
 
 from hvdlm.config import EXIT_CRASH, UserError
-from hvdlm.corpus.encode import Job, TaskResult, encode_task
-from hvdlm.corpus.plan import Task
-from hvdlm.text import tokenizer
+from hvdlm.corpus.job import Job, Report, Tally
+from hvdlm.corpus.work import Work
+
+Step = Callable[[int, Job, Report], dict[str, Any]]
+"""Does task `index` of a stage: (index, job, report) -> its result."""
+
+_POLL_S = (0.05, 2.0)
+_PATIENCE_S = 0.5
 
 
 @dataclass
 class _Worker:
     process: SpawnProcess
     pipe: Connection
-    task: Task | None = None
+    index: int | None = None
 
 
-def run_tasks(
-    tasks: Sequence[Task], job: Job, *, workers: int, report: Callable[[int], None]
-) -> list[TaskResult]:
-    """Encode all tasks; with one worker in this process.
+@final
+class Team:
+    """The workers of this process; a context manager, because they must not outlive it.
 
     Args:
-        tasks: the plan.
-        job: common to all.
-        workers: processes at most.
-        report: called with newly read bytes.
-
-    Returns:
-        Results in the order of the plan.
-
-    Raises:
-        UserError: the first that a worker met, or a worker that was killed.
+        work: where tasks are claimed and results kept.
+        job: common to all tasks.
+        workers: processes; with 1 this process works itself.
+        report: called with what was newly counted.
     """
-    workers = min(workers, len(tasks))
-    if workers <= 1:
-        with _one_thread():
-            encoder = _load(job)
-            return [encode_task(task, job, encoder, report) for task in tasks]
-    context = multiprocessing.get_context("spawn")
-    team: list[_Worker] = []
-    try:
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, job), daemon=True)
-            process.start()
-            # Else this end stays open here, and the death of the worker goes unnoticed.
-            theirs.close()
-            team.append(_Worker(process, ours))
-        return _hand_out(tasks, team, report)
-    finally:
-        for worker in team:
+
+    def __init__(self, work: Work, job: Job, *, workers: int, report: Report) -> None:
+        self._work, self._job, self._report = work, job, report
+        self._size = workers
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
             worker.process.kill()
-        for worker in team:
+        for worker in self._workers:
             worker.process.join()
             worker.pipe.close()
 
+    def run(self, stage: str, step: Step, count: int) -> None:
+        """Help with a stage until all its tasks are done, by whomever.
 
-def _hand_out(tasks: Sequence[Task], team: list[_Worker], report: Callable[[int], None]) -> list[TaskResult]:
-    # The largest first, so that no worker is left alone with one at the end.
-    waiting = sorted(tasks, key=lambda task: task.size_bytes)
-    results: list[TaskResult] = []
-    for worker in team:
-        _give(worker, waiting)
-    while len(results) < len(tasks):
-        pipes = {worker.pipe: worker for worker in team if worker.task}
-        for pipe in wait(list(pipes)):
-            worker = pipes[pipe]  # type: ignore[index]
-            try:
-                message = worker.pipe.recv()
-            except (EOFError, OSError):
-                raise _death(worker) from None
-            if isinstance(message, int):
-                report(message)
-            elif isinstance(message, TaskResult):
-                results.append(message)
-                _give(worker, waiting)
-            elif isinstance(message, UserError):
-                raise message
+        Args:
+            stage: its name.
+            step: a function of a module, as workers import it.
+            count: tasks it has.
+
+        Raises:
+            UserError: the first that a worker met, a worker that was killed, or a `Work.check`.
+            GoneError: the data set is complete.
+        """
+        patience_s = _POLL_S[0]
+        while True:
+            self._work.check()
+            if self._advance(stage, step, count):
+                patience_s = _POLL_S[0]
+            elif self._work.complete(stage, count):
+                return
             else:
-                raise RuntimeError(f"a worker failed; its traceback:\n{message}")
-    return sorted(results, key=lambda result: result.index)
+                time.sleep(patience_s)
+                patience_s = min(1.5 * patience_s, _POLL_S[1])
 
+    def _advance(self, stage: str, step: Step, count: int) -> bool:
+        """Hand out, and wait a little for results; False where there was nothing to do."""
+        if self._size <= 1:
+            index = self._work.claim(stage, count)
+            if index is not None:
+                with _one_thread():
+                    self._finish(stage, index, step(index, self._job, self._report))
+            return index is not None
+        self._hand_out(stage, step, count)
+        busy = {worker.pipe: worker for worker in self._workers if worker.index is not None}
+        for pipe in wait(list(busy), timeout=_PATIENCE_S) if busy else ():
+            self._hear(busy[pipe], stage)  # type: ignore[index]
+        return bool(busy)
 
-def _give(worker: _Worker, waiting: list[Task]) -> None:
-    worker.task = waiting.pop() if waiting else None
-    if worker.task:
+    def _finish(self, stage: str, index: int, result: dict[str, Any]) -> None:
+        self._work.finish(stage, index, result)
+        self._report(Tally(tasks=1))
+
+    def _hand_out(self, stage: str, step: Step, count: int) -> None:
+        for worker in self._idle():
+            index = self._work.claim(stage, count)
+            if index is None:
+                return
+            if worker is None:
+                worker = self._new_worker()
+            try:
+                worker.pipe.send((step, index))
+                worker.index = index
+            except OSError:
+                raise _death(worker) from None
+
+    def _idle(self) -> Iterator[_Worker | None]:
+        """Workers without a task; None where one may be started."""
+        yield from [worker for worker in self._workers if worker.index is None]
+        while len(self._workers) < self._size:
+            yield None
+
+    def _new_worker(self) -> _Worker:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, replace(self._job)), daemon=True)
+        process.start()
+        # Else this end stays open here, and the death of the worker goes unnoticed.
+        theirs.close()
+        self._workers.append(_Worker(process, ours))
+        return self._workers[-1]
+
+    def _hear(self, worker: _Worker, stage: str) -> None:
         try:
-            worker.pipe.send(worker.task)
-        except OSError:
+            message = worker.pipe.recv()
+        except (EOFError, OSError):
             raise _death(worker) from None
+        if isinstance(message, Tally):
+            self._report(message)
+        elif isinstance(message, dict):
+            assert worker.index is not None
+            self._finish(stage, worker.index, message)
+            worker.index = None
+        elif isinstance(message, UserError):
+            raise message
+        else:
+            raise RuntimeError(f"a worker failed; its traceback:\n{message}")
 
 
 def _death(worker: _Worker) -> UserError:
     worker.process.join(timeout=10)
     code = worker.process.exitcode or 0
     cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    path = worker.task.pieces[0].path if worker.task else "nothing yet"
     cure = "run again"
     if code == -signal.SIGKILL:
         cure = "if memory ran out (dmesg or sacct tell), run again with fewer --workers"
-    return UserError(f"a worker process died of {cause} while it read {path}; {cure}", EXIT_CRASH)
+    return UserError(f"a worker process died of {cause} in its task {worker.index}; {cure}", EXIT_CRASH)
 
 
 @contextlib.contextmanager
@@ -130,20 +174,17 @@ def _one_thread() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _load(job: Job) -> tokenizer.Tokenizer:
-    return tokenizer.load(job.folder / job.tokenizer.file, eos=job.eos)
-
-
 def _serve(pipe: Connection, job: Job) -> None:
-    """A worker's life: tasks in, byte counts and results out."""
-    # One Ctrl-C reaches the whole group; the parent decides, and kills.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker's life: tasks in, counts and results out."""
+    # Slurm signals every process of a step, and one Ctrl-C reaches the whole group; the parent decides.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     # A closed pipe means that the parent is gone.
     with _one_thread(), contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
-            encoder = _load(job)
             while True:
-                pipe.send(encode_task(pipe.recv(), job, encoder, pipe.send))
+                step, index = pipe.recv()
+                pipe.send(step(index, job, pipe.send))
         except UserError as error:
             pipe.send(error)
         except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -7,10 +7,10 @@ the start of a file is taken off.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -18,6 +18,7 @@ from hvdlm.config import EXIT_CRASH, UserError
 from hvdlm.corpus.lines import number_in_file, parts_of, parts_of_text, read_lines, without_mark
 from hvdlm.corpus.parquet import read_rows
 from hvdlm.corpus.plan import Piece
+from hvdlm.text.pieces import cut
 
 MAX_DOCUMENT_BYTES = 1 << 30
 _MAGIC = {
@@ -59,39 +60,58 @@ class ReadOptions:
 
 
 class Document(NamedTuple):
-    """A document: its text, None where it was skipped; and how many bytes of the piece are read by then."""
+    """A document, or a record that is none.
+
+    Attributes:
+        text: None where the record was skipped or is bad.
+        done_bytes: of the piece, read by then.
+        number: its line or row, counted from 1 in the piece or (Parquet) in the file; 0 = the whole file.
+        problem: what is wrong with a bad record, and what to do; "" = nothing.
+    """
 
     text: str | None
     done_bytes: int
+    number: int = 0
+    problem: str = ""
 
 
 class _BadRecordError(ValueError):
     """What is wrong with a record and what to do; whoever knows the place adds it."""
 
 
+def place_of(piece: Piece, document: Document) -> str:
+    """Where a document stands, for messages: "line 7", "row 7", or "" for a whole file."""
+    if document.number == 0:
+        return ""
+    if piece.kind == "parquet":
+        return f"row {document.number}"
+    return f"line {number_in_file(piece, document.number)}"
+
+
 def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document]:
-    """Read the documents of a piece in order, empty ones included.
+    """Read the documents of a piece in order, empty ones and bad records included.
 
     Args:
         piece: from the plan.
         options: how.
 
     Raises:
-        UserError: the file cannot be read, is damaged, or a record is not what it must be; the message
-            names file and record.
+        UserError: the file cannot be read, is damaged, or was changed since the plan was made.
     """
     try:
+        _check_unchanged(piece)
         if piece.kind == "text" and options.document == "file":
             yield _whole_file(piece, options)
         elif piece.kind == "text":
             yield from _parts_of_file(piece, options)
         else:
-            for text, done_bytes in _records(piece, options):
-                if text is None or options.document == "file":
-                    yield Document(text, done_bytes)
+            for record in _records(piece, options):
+                if record.text is None or options.document == "file":
+                    yield record
                     continue
-                for part in parts_of_text(text, options.document):
-                    yield Document(part, done_bytes)
+                for part in parts_of_text(record.text, options.document):
+                    yield record._replace(text=part)
+        _check_unchanged(piece)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"{piece.path}: cannot be read: {reason}; check the file", EXIT_CRASH) from None
@@ -104,35 +124,39 @@ def _whole_file(piece: Piece, options: ReadOptions) -> Document:
             "cut it with --document paragraph or line"
         )
     raw = without_mark(Path(piece.path).read_bytes())
-    try:
-        return Document(_decode(raw, options), piece.size_bytes)
-    except _BadRecordError as error:
-        raise UserError(f"{piece.path}: {error}") from None
+    return _document(_decode, raw, options, Document(None, piece.size_bytes))
 
 
 def _parts_of_file(piece: Piece, options: ReadOptions) -> Iterator[Document]:
     for number, raw, done_bytes in parts_of(read_lines(piece), options.document):
-        try:
-            yield Document(_decode(raw, options), done_bytes)
-        except _BadRecordError as error:
-            raise UserError(f"{piece.path}: line {number_in_file(piece, number)}: {error}") from None
+        yield _document(_decode, raw, options, Document(None, done_bytes, number))
 
 
 def _records(piece: Piece, options: ReadOptions) -> Iterator[Document]:
     if piece.kind == "parquet":
-        for row, raw, part in read_rows(piece.path, options.field, range(piece.start, piece.end)):
-            try:
-                yield Document(_text_of_cell(raw, options), int(part * piece.size_bytes))
-            except _BadRecordError as error:
-                raise UserError(f"{piece.path}: row {row}: {error}") from None
+        for row, cell, part in read_rows(piece.path, options.field, range(piece.start, piece.end)):
+            yield _document(_text_of_cell, cell, options, Document(None, int(part * piece.size_bytes), row))
         return
     for number, raw, done_bytes in read_lines(piece):
-        if raw.isspace():
-            continue
-        try:
-            yield Document(_text_of_line(raw, options), done_bytes)
-        except _BadRecordError as error:
-            raise UserError(f"{piece.path}: line {number_in_file(piece, number)}: {error}") from None
+        if not raw.isspace():
+            document = _document(_text_of_line, raw, options, Document(None, done_bytes, number))
+            del raw  # Of a line of 200 MB this is as much again while its text is encoded.
+            yield document
+
+
+def _document(
+    text_of: Callable[[Any, ReadOptions], str | None], raw: bytes | None, options: ReadOptions, at: Document
+) -> Document:
+    """The document at a place: its text, or what is wrong with it."""
+    try:
+        return at._replace(text=text_of(raw, options))
+    except _BadRecordError as error:
+        return at._replace(problem=str(error))
+
+
+def _check_unchanged(piece: Piece) -> None:
+    if piece.changed_ns and Path(piece.path).stat().st_mtime_ns != piece.changed_ns:
+        raise UserError(f"{piece.path}: was changed while it was read; run again when nobody writes to it")
 
 
 def _text_of_cell(raw: bytes | None, options: ReadOptions) -> str | None:
@@ -191,7 +215,8 @@ def _decode(raw: bytes, options: ReadOptions) -> str | None:
 def _without_surrogates(text: str, options: ReadOptions) -> str | None:
     """JSON may escape half a character (`\\ud800`): no UTF-8 text can hold that."""
     try:
-        text.encode()
+        for piece in cut(text):
+            piece.encode()
         return text
     except UnicodeEncodeError:
         if options.invalid == "skip":

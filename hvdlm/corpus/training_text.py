@@ -2,49 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
-from hvdlm.corpus.encode import split_of
-from hvdlm.corpus.plan import Task
-from hvdlm.corpus.readers import ReadOptions, read_documents
+from hvdlm.corpus.dedup import drops_of
+from hvdlm.corpus.documents import Kept, Rejects, kept_documents, split_of
+from hvdlm.corpus.job import Job, Report, Tally
 
 MAX_BYTES = 256 << 20
 """Text that a tokenizer is trained on at most; of a larger input, every task gives its first part."""
 
 
-def training_texts(
-    tasks: Sequence[Task], read: ReadOptions, *, val_fraction: float, report: Callable[[int], None]
-) -> Iterator[str]:
+def training_texts(job: Job, tasks: int, *, total_bytes: int, report: Report) -> Iterator[str]:
     """Yield the texts of the training split, in the order of the plan.
 
     Args:
-        tasks: the plan.
-        read: how documents are read.
-        val_fraction: as for encoding; what goes to validation is left out.
+        job: says how documents are read and kept; what goes to validation is left out.
+        tasks: how many the plan has.
+        total_bytes: their weight.
         report: called with newly read bytes.
 
     Raises:
         UserError: bad input.
     """
-    share = share_bytes(tasks)
-    for task in tasks:
-        left = share
-        for piece in task.pieces if task.split != "val" else ():
-            told = 0
-            for text, done_bytes in read_documents(piece, read):
-                report(done_bytes - told)
-                told = done_bytes
-                raw = (text or "").encode()
-                if text and split_of(task, raw, val_fraction) == "train":
-                    left -= len(raw)
-                    yield text
-                if left <= 0:
-                    break
+    share = share_bytes(tasks, total_bytes)
+    for index in range(tasks):
+        task, left, told = job.task(index), share, 0
+        if task.split == "val":
+            continue
+        for text, done_bytes in unique_documents(job, index):
+            report(Tally(done_bytes - told))
+            told = done_bytes
+            if split_of(task, text, job.val_fraction) == "train":
+                left -= len(text.encode())
+                yield text
             if left <= 0:
                 break
 
 
-def share_bytes(tasks: Sequence[Task]) -> int:
+def unique_documents(job: Job, index: int) -> Iterator[Kept]:
+    """The kept documents of a task without duplicates."""
+    duplicates = set(drops_of(index, job).tolist())
+    documents = kept_documents(job.task(index), job, Rejects(job.keep.max_errors))
+    return (document for number, document in enumerate(documents) if number not in duplicates)
+
+
+def share_bytes(tasks: int, total_bytes: int) -> int:
     """Bytes of text that each task gives at most: no limit where all the inputs are small together."""
-    total_bytes = sum(task.size_bytes for task in tasks)
-    return MAX_BYTES if total_bytes <= MAX_BYTES else max(MAX_BYTES // len(tasks), 1)
+    return MAX_BYTES if total_bytes <= MAX_BYTES else max(MAX_BYTES // tasks, 1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from hvdlm.data.entries import BLOCK_TOKENS, Extent, ShardEntry
 from hvdlm.data.files import read_exactly
+
+_PIECE_BYTES = 1 << 20  # Stays in the cache between reading and hashing.
 
 
 def read_part(fd: int, path: Path, extent: Extent, *, first: int, size: int) -> np.ndarray:
@@ -41,3 +44,16 @@ def read_block(fd: int, path: Path, entry: ShardEntry, block: int) -> np.ndarray
     first = block * BLOCK_TOKENS
     size = min(BLOCK_TOKENS, entry.tokens - first)
     return read_part(fd, path, entry.extents.tokens, first=first, size=size)
+
+
+def read_pieces(fd: int, path: Path, *, first: int, end: int) -> Iterator[memoryview]:
+    """The bytes [first, end) of a file, at most 1 MiB at a time; each is overwritten by the next.
+
+    Raises:
+        UserError: The file ends too early, or the device reports an error.
+    """
+    buffer = memoryview(bytearray(min(_PIECE_BYTES, max(0, end - first))))
+    for start in range(first, end, _PIECE_BYTES):
+        piece = buffer[: min(_PIECE_BYTES, end - start)]
+        read_exactly(fd, piece, start, path)
+        yield piece

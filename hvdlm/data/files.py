@@ -114,7 +114,7 @@ def open_checked(path: Path, file_bytes: int) -> int:
 
 def cure(folder: Path) -> str:
     """What to do about a damaged data set."""
-    return f"run python -m hvdlm.dataset verify {folder}, then copy the file again or preprocess again"
+    return f"run python -m hvdlm.dataset repair {folder}, or copy the file again"
 
 
 @final

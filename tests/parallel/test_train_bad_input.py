@@ -55,7 +55,7 @@ def test_a_truncated_shard(own_data: Path, tmp_path: Path) -> None:
     shard = train_shard(own_data)
     with shard.open("r+b") as file:
         file.truncate(shard.stat().st_size - 1000)
-    fails(helpers.train_command(own_data, tmp_path / "run"), 2, shard.name, "truncated", "dataset verify")
+    fails(helpers.train_command(own_data, tmp_path / "run"), 2, shard.name, "truncated", "dataset repair")
 
 
 def test_another_tokenizer_beside_the_shards(own_data: Path, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_flipped_bit_stops_the_run_and_names_shard_and_block(
         "--checkpoint.every",
         "0",
     )
-    fails([*helpers.mpirun(2), *command], 2, shard.name, "block 0", "python -m hvdlm.dataset verify")
+    fails([*helpers.mpirun(2), *command], 2, shard.name, "block 0", "python -m hvdlm.dataset repair")
 
 
 def test_other_data_or_another_model_on_resume(tiny_data: Path, tmp_path: Path) -> None:

@@ -1,47 +1,132 @@
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from hvdlm.config import UserError
-from hvdlm.corpus.encode import Job
+from hvdlm.corpus import work as works
+from hvdlm.corpus.crew import Crew, alone
+from hvdlm.corpus.encode import encode_task
+from hvdlm.corpus.job import TOKENIZER_NAME, Job, Tally
 from hvdlm.corpus.plan import Piece, Task
-from hvdlm.corpus.pool import run_tasks
-from hvdlm.corpus.readers import ReadOptions
-from hvdlm.data.entries import TokenizerInfo
+from hvdlm.corpus.pool import Team
+from hvdlm.corpus.work import GoneError, PeerError, StoppedError, Work
 from hvdlm.text import TOKENIZERS
 from hvdlm.text.tokenizer import from_library
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
+    (tmp_path / "work").mkdir()
     tokenizer = from_library(TOKENIZERS["byte"]([], 0))
-    (tmp_path / "tokenizer.json").write_bytes(tokenizer.json_bytes)
-    info = TokenizerInfo("tokenizer.json", tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id)
-    return Job(tmp_path, info, "", ReadOptions(), 0.5, 1000, 0)
+    (tmp_path / "work" / TOKENIZER_NAME).write_bytes(tokenizer.json_bytes)
+    return Job(tmp_path / "work", val_fraction=0.5, shard_tokens=1000)
 
 
-def tasks(folder: Path, *kinds: str) -> list[Task]:
-    (folder / "a.txt").write_text("some text")
-    piece = {kind: Piece(str(folder / "a.txt"), kind, 0, 9, 9) for kind in kinds}
-    return [Task(i, "train", (piece[kind],)) for i, kind in enumerate(kinds)]
+def plan(job: Job, *kinds: str) -> int:
+    """A plan of tasks that all read one small file; returns their number."""
+    path = job.folder.parent / "a.txt"
+    path.write_text("some text")
+    tasks = [Task(i, "train", (Piece(str(path), kind, 0, 9, 9),)) for i, kind in enumerate(kinds)]
+    job.write_plan(tasks)
+    assert [job.task(i) for i in range(len(kinds))] == tasks
+    return len(tasks)
+
+
+def at_work(job: Job, crew: Crew | None = None, *, stop: bool = False) -> Work:
+    return Work(job.folder, crew or alone(), lambda: stop)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_results_come_in_the_order_of_the_plan(workers: int, job: Job) -> None:
-    read: list[int] = []
-    results = run_tasks(tasks(job.folder, *["text"] * 5), job, workers=workers, report=read.append)
-    assert [result.index for result in results] == [0, 1, 2, 3, 4]
-    assert sum(read) == 45
-    assert [result.counts.train for result in results] == [1] * 5
-    assert [entry.tokens for result in results for entry in result.train] == [10] * 5
+def test_every_task_is_done_once_and_counted(workers: int, job: Job) -> None:
+    count, heard, work = plan(job, *["text"] * 5), list[Tally](), at_work(job)
+    with Team(work, job, workers=workers, report=heard.append) as team:
+        team.run("encode", encode_task, count)
+        assert work.done("encode") == [0, 1, 2, 3, 4]
+        assert [sum(column) for column in zip(*heard, strict=True)] == [45, 5, 50, 0, 5]
+        team.run("encode", encode_task, count)
+    assert sum(tally.documents for tally in heard) == 5
+    results = [work.result("encode", i) for i in range(count)]
+    assert [result["splits"]["train"]["documents"] for result in results] == [1] * 5
+    assert [entry["tokens"] for result in results for entry in result["train"]] == [10] * 5
+    assert not [*job.folder.glob(".tmp-*")]
 
 
 def test_a_user_error_of_a_worker_arrives_whole(job: Job) -> None:
-    with pytest.raises(UserError, match=r"a\.txt: line 1: not JSON") as caught:
-        run_tasks(tasks(job.folder, "text", "jsonl"), job, workers=2, report=print)
+    count = plan(job, "text", "jsonl")
+    team = Team(at_work(job), job, workers=2, report=print)
+    with team, pytest.raises(UserError, match=r"a\.txt: line 1: not JSON") as caught:
+        team.run("encode", encode_task, count)
     assert caught.value.exit_code == 2
 
 
 def test_a_fault_of_a_worker_brings_its_traceback(job: Job) -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)a worker failed.*KeyError: 'no such kind'"):
-        run_tasks(tasks(job.folder, "text", "no such kind"), job, workers=2, report=print)
+    count = plan(job, "text", "no such kind")
+    team = Team(at_work(job), job, workers=2, report=print)
+    with team, pytest.raises(RuntimeError, match=r"(?s)a worker failed.*KeyError: 'no such kind'"):
+        team.run("encode", encode_task, count)
+
+
+def test_two_processes_share_the_tasks(job: Job) -> None:
+    count = plan(job, *["text"] * 8)
+    members = [at_work(job, Crew("both", rank, 2)) for rank in range(2)]
+    taken = [member.claim("encode", count) for _ in range(4) for member in members]
+    assert sorted(taken) == [0, 1, 2, 3, 4, 5, 6, 7]  # type: ignore[type-var]
+    assert members[0].claim("encode", count) is None
+    assert not members[1].complete("encode", count)
+
+
+def test_another_start_takes_what_is_left(job: Job) -> None:
+    first = at_work(job)
+    assert first.claim("encode", 2) in (0, 1)
+    first.finish("encode", 1, {"a": 1})
+    second = at_work(job)
+    (job.folder / ".tmp-half").touch()
+    second.remove_leftovers()
+    assert not (job.folder / ".tmp-half").exists()
+    assert second.claim("encode", 2) == 0
+    assert second.claim("encode", 2) is None
+    assert second.result("encode", 1) == {"a": 1}
+
+
+def test_claims_of_a_dead_member_are_free_after_a_lease(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead, alive = (at_work(job, Crew("both", rank, 2)) for rank in (0, 1))
+    assert dead.claim("encode", 1) == 0
+    assert alive.claim("encode", 1) is None
+    monkeypatch.setattr(works, "LEASE_S", 0.05)
+    time.sleep(0.1)
+    alive.tell({})
+    assert alive.claim("encode", 1) == 0
+
+
+def test_a_member_that_was_started_again_takes_its_claims_back(job: Job) -> None:
+    assert at_work(job, Crew("array-7", 3, 9, apart=True)).claim("encode", 1) == 0
+    assert at_work(job, Crew("array-7", 4, 9, apart=True)).claim("encode", 1) is None
+    assert at_work(job, Crew("array-7", 3, 9, apart=True)).claim("encode", 1) == 0
+
+
+def test_a_failure_and_a_stop_reach_everybody_and_the_first_failure_is_named(job: Job) -> None:
+    members = [at_work(job, Crew("both", rank, 3)) for rank in range(3)]
+    members[0].fail(UserError("the first", 1))
+    members[1].fail(UserError("its echo", 2))
+    with pytest.raises(PeerError, match="process 0 failed: the first") as caught:
+        members[2].check()
+    assert caught.value.exit_code == 1
+    with pytest.raises(StoppedError):
+        at_work(job, Crew("other", 0, 2), stop=True).check()
+    with pytest.raises(StoppedError):
+        at_work(job, Crew("other", 1, 2)).check()
+    at_work(job).check()
+
+
+def test_whoever_waits_when_the_folder_goes_knows_that_it_is_over(job: Job) -> None:
+    count, work = plan(job, "text"), at_work(job, Crew("both", 0, 2))
+    other = at_work(job, Crew("both", 1, 2))
+    assert other.claim("encode", count) == 0
+    timer = threading.Timer(0.3, other.remove)
+    timer.start()
+    with Team(work, job, workers=1, report=print) as team, pytest.raises(GoneError):
+        team.run("encode", encode_task, count)
+    timer.join()
+    assert not job.folder.exists()

@@ -10,6 +10,7 @@ import zstandard
 
 from hvdlm.config import UserError
 from hvdlm.corpus import lines, readers
+from hvdlm.corpus.documents import Rejects
 from hvdlm.corpus.plan import Piece, make_plan
 from hvdlm.corpus.readers import ReadOptions, read_documents
 from hvdlm.corpus.sources import describe
@@ -28,13 +29,20 @@ NASTY = [
 
 def read(path: Path, document: str = "file", invalid: str = "error", field: str = "text") -> list[str | None]:
     tasks = make_plan([describe(path)], [], document=document, field=field, seed=0)
-    options = ReadOptions(field, document, invalid)
-    documents = [d for task in tasks for piece in task.pieces for d in read_documents(piece, options)]
+    options, rejects = ReadOptions(field, document, invalid), Rejects(0)
+    documents = []
+    for task in tasks:
+        for piece in task.pieces:
+            for found in read_documents(piece, options):
+                if found.problem:
+                    rejects.add(piece, found, "bad", detail=found.problem)
+                documents.append(found)
     assert documents[-1].done_bytes <= tasks[-1].size_bytes
     return [document.text for document in documents]
 
 
 def failure(path: Path, **options: Any) -> str:
+    """What the first bad record, or the file, is refused with."""
     with pytest.raises(UserError) as caught:
         read(path, **options)
     message = str(caught.value)

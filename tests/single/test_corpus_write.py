@@ -5,25 +5,37 @@ import h5py
 import numpy as np
 import pytest
 
-from hvdlm.corpus.write import DocumentList, Documents, ShardWriter, load, save
+from hvdlm.corpus.encode import _shuffled
+from hvdlm.corpus.piles import Pile, PileWriter, remove, save_in_order
+from hvdlm.corpus.write import ShardWriter
 from hvdlm.data.entries import TokenizerInfo
 
-EOS = 9
+EOS, U2 = 9, np.dtype(np.uint16)
 INFO = TokenizerInfo("tokenizer.json", "0" * 64, 1000, EOS)
 
 
-def documents(lengths: list[int], shard_tokens: int = 1000) -> Documents:
-    kept = DocumentList(shard_tokens, EOS, np.dtype(np.uint16))
-    kept.add(
-        [np.full(n, 10 + i, np.uint16) for i, n in enumerate(lengths)], [3 * n + (n > 20) for n in lengths]
-    )
-    return kept.take()
+def pile(stem: Path, lengths: list[int], limit: int = 999) -> Pile:
+    """Documents of these lengths without eos; document i is made of id 10 + i."""
+    with PileWriter(stem, eos_id=EOS, dtype=U2, limit=limit) as writer:
+        for i, n in enumerate(lengths):
+            # In pieces, as a long text comes.
+            for part in np.array_split(np.full(n, 10 + i, np.uint16), 1 + i % 3):
+                writer.add(part)
+            writer.end(3 * n + (n > 20))
+        writer.flush()
+    return Pile(stem, U2)
 
 
-def shards(folder: Path, docs: list[Documents], shard_tokens: int) -> list[list[list[int]]]:
+def tokens_of(found: Pile) -> np.ndarray:
+    out = np.empty(int(found.lengths.sum()), U2)
+    found.copy(np.arange(len(found.lengths)), out)
+    return out
+
+
+def shards(folder: Path, piles: list[tuple[Pile, np.ndarray]], shard_tokens: int) -> list[list[list[int]]]:
     writer = ShardWriter(folder / "val", "val", shard_tokens=shard_tokens, tokenizer=INFO)
-    for part in docs:
-        writer.add(part)
+    for one, order in piles:
+        writer.add(one, order)
     writer.flush()
     result = []
     for entry in writer.entries:
@@ -31,61 +43,64 @@ def shards(folder: Path, docs: list[Documents], shard_tokens: int) -> list[list[
             tokens, offsets = file["tokens"][:], file["doc_offsets"][:]
         assert len(tokens) <= shard_tokens
         result.append([tokens[a:b].tolist() for a, b in pairwise(offsets)])
-    assert sum(entry.text_bytes for entry in writer.entries) == sum(int(d.text_bytes.sum()) for d in docs)
+    sizes = [int(one.text_bytes[order].sum()) for one, order in piles]
+    assert sum(entry.text_bytes for entry in writer.entries) == sum(sizes)
     return result
 
 
-def test_every_document_ends_with_eos_and_a_long_one_is_cut() -> None:
-    kept = documents([3, 0, 25], shard_tokens=11)
-    assert kept.lengths.tolist() == [4, 1, 11, 11, 6]
-    assert kept.text_bytes.tolist() == [9, 0, 30, 30, 16]
-    assert (kept.tokens[np.cumsum(kept.lengths) - 1] == EOS).all()
-    assert np.count_nonzero(kept.tokens == 12) == 25
+def test_every_document_ends_with_eos_and_a_long_one_is_cut(tmp_path: Path) -> None:
+    kept = pile(tmp_path / "a", [3, 0, 25, 10], limit=10)
+    assert kept.lengths.tolist() == [4, 1, 11, 11, 6, 11]
+    assert kept.text_bytes.tolist() == [9, 0, 30, 30, 16, 30]
+    tokens = tokens_of(kept)
+    assert (tokens[np.cumsum(kept.lengths) - 1] == EOS).all()
+    assert np.count_nonzero(tokens == 12) == 25
+
+
+def test_a_text_without_tokens_keeps_its_bytes(tmp_path: Path) -> None:
+    with PileWriter(tmp_path / "a", eos_id=EOS, dtype=U2, limit=10) as writer:
+        writer.end(7)
+        writer.flush()
+    found = Pile(tmp_path / "a", U2)
+    assert (found.lengths.tolist(), found.text_bytes.tolist()) == ([1], [7])
 
 
 def test_shards_are_filled_in_order_and_cut_between_documents(tmp_path: Path) -> None:
-    found = shards(tmp_path, [documents([3, 4]), documents([]), documents([2, 9, 1])], 10)
+    parts = [pile(tmp_path / str(i), lengths) for i, lengths in enumerate([[3, 4], [], [2, 9, 1]])]
+    found = shards(tmp_path, [(part, np.arange(len(part.lengths))) for part in parts], 10)
     assert [[len(d) for d in shard] for shard in found] == [[4, 5], [3], [10], [2]]
     assert [d[0] for shard in found for d in shard] == [10, 11, 10, 11, 12]
 
 
-def test_batches_do_not_show(tmp_path: Path) -> None:
+def test_how_documents_come_does_not_show(tmp_path: Path) -> None:
     lengths = [int(n) for n in np.random.default_rng(0).integers(0, 12, 200)]
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "parts").mkdir()
-    kept = documents(lengths)
-    ends = np.cumsum(kept.lengths)
-    parts = [
-        Documents(
-            kept.tokens[(ends[i] - kept.lengths[i]) : ends[i]],
-            kept.lengths[i : i + 1],
-            kept.text_bytes[i : i + 1],
-        )
-        for i in range(len(lengths))
-    ]
-    assert shards(tmp_path / "whole", [kept], 50) == shards(tmp_path / "parts", parts, 50)
+    kept = pile(tmp_path / "a", lengths)
+    for name, orders in [("whole", [np.arange(200)]), ("parts", np.array_split(np.arange(200), 37))]:
+        (tmp_path / name).mkdir()
+        shards(tmp_path / name, [(kept, order) for order in orders], 50)
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes()
 
 
-def test_shuffled_keeps_every_document_whole() -> None:
-    kept = documents(list(range(1, 40)))
-    [mixed] = kept.shuffled(seed=1, task=2)
-    ends = np.cumsum(mixed.lengths)
-    order = [int(mixed.tokens[end - 2]) - 10 for end in ends]
-    assert sorted(order) == list(range(39))
-    assert order != sorted(order)
+def test_an_order_keeps_every_document_whole_and_seed_and_task_change_it(tmp_path: Path) -> None:
+    kept = pile(tmp_path / "a", list(range(1, 40)))
+    order = _shuffled(39, 1, 2)
+    assert sorted(order.tolist()) == list(range(39))
+    assert len({tuple(_shuffled(39, seed, task)) for seed in (0, 1) for task in (2, 3)}) == 4
+    assert _shuffled(0, 1, 2).tolist() == []
+    save_in_order(kept, order, tmp_path / "b", U2)
+    mixed = Pile(tmp_path / "b", U2)
     assert mixed.text_bytes.tolist() == [3 * (i + 1) + (i >= 20) for i in order]
-    for i, end in zip(order, ends, strict=True):
-        assert mixed.tokens[end - i - 2 : end].tolist() == [10 + i] * (i + 1) + [EOS]
-    assert order != [int(t) for [other] in [kept.shuffled(seed=1, task=3)] for t in other.lengths - 2]
-    assert list(documents([]).shuffled(seed=0, task=0)) == []
+    tokens = tokens_of(mixed)
+    for i, end in zip(order.tolist(), np.cumsum(mixed.lengths).tolist(), strict=True):
+        assert tokens[end - i - 2 : end].tolist() == [10 + i] * (i + 1) + [EOS]
+    assert sorted(path.suffix for path in tmp_path.glob("b*")) == [".bytes", ".lengths", ".tokens"]
+    remove(tmp_path / "b")
+    assert not [*tmp_path.glob("b*")]
 
 
 @pytest.mark.parametrize("lengths", [[], [3, 1, 4]])
-def test_save_and_load(lengths: list[int], tmp_path: Path) -> None:
-    kept = documents(lengths)
-    save(tmp_path / "val-00000", [kept, kept])
-    loaded = load(tmp_path / "val-00000", "<u2")
-    for field, array in kept._asdict().items():
-        np.testing.assert_array_equal(getattr(loaded, field), np.concatenate([array, array]))
+def test_small_piles(lengths: list[int], tmp_path: Path) -> None:
+    kept = pile(tmp_path / "a", lengths)
+    save_in_order(kept, np.arange(len(lengths)), tmp_path / "b", U2)
+    assert tokens_of(Pile(tmp_path / "b", U2)).tolist() == tokens_of(kept).tolist()

@@ -204,7 +204,7 @@ def test_a_missing_or_changed_shard_is_refused_before_training(tmp_path: Path) -
     path = tmp_path / "train-00001.h5"
     size = path.stat().st_size
     os.truncate(path, size - 1)
-    cure = rf"run python -m hvdlm.dataset verify {tmp_path}, "
+    cure = rf"run python -m hvdlm.dataset repair {tmp_path}, "
     with pytest.raises(UserError, match=rf"train-00001.h5: has {size - 1} bytes, .* says {size}: .*{cure}"):
         build(tmp_path)
     path.unlink()

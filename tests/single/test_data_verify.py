@@ -23,11 +23,11 @@ from data_sets import (
 
 from hvdlm.config import UserError
 from hvdlm.data.digests import digest_blocks, digest_content, digest_file
-from hvdlm.data.entries import BLOCK_TOKENS
+from hvdlm.data.entries import BLOCK_TOKENS, Extent, Extents, ShardEntry
 from hvdlm.data.manifest import Manifest, write_manifest
 from hvdlm.data.shards import write_shard
 from hvdlm.data.verify import BackgroundVerifier, verify_blocks
-from hvdlm.data.verify_all import verify_folder
+from hvdlm.data.verify_all import Verification, share_by_size, verify_folder, verify_shard
 
 SIZES = {"train-00000": BLOCK_TOKENS * 2 + 5, "train-00001": 3000, "val-00000": BLOCK_TOKENS + 1}
 BLOCKS = 3 + 1 + 2
@@ -43,9 +43,12 @@ def found(folder: Path) -> list[tuple[str, int | None]]:
 
 
 def test_an_intact_data_set_has_no_problem(data: tuple[Path, Manifest]) -> None:
-    reported = []
-    assert verify_folder(data[0], report=lambda entry: reported.append(entry.name)) == []
-    assert reported == ["train-00000.h5", "train-00001.h5", "val-00000.h5"]
+    folder, manifest = data
+    assert verify_folder(folder) == []
+    with Verification(folder, manifest, manifest.shards, workers=2) as verification:
+        assert verification.wait(60.0)
+        assert verification.take_bytes() == sum(entry.file_bytes for entry in manifest.shards)
+        assert verification.problems() == []
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])
@@ -83,22 +86,6 @@ def test_a_flipped_bit_in_the_documents_or_elsewhere_is_found(data: tuple[Path, 
         assert "outside its tokens" in verify_folder(folder)[0].message
         flip_bit(path, offset)
     assert verify_folder(folder) == []
-
-
-def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    manifest, _ = make_data_set(tmp_path, {"train-00000": 3000})
-    entry, path = manifest.shards[0], tmp_path / "train-00000.h5"
-    rng = np.random.default_rng(0)
-    extents = entry.extents
-    interesting = [0, 4096, extents.tokens.offset, extents.tokens.end, extents.doc_offsets.offset]
-    places = [int(rng.integers(0, entry.file_bytes)) for _ in range(20)]
-    places += [int(rng.integers(start, start + 800)) for start in interesting for _ in range(8)]
-    for place in places:
-        place = min(place, entry.file_bytes - 1)
-        flip_bit(path, place, int(rng.integers(8)))
-        assert found(tmp_path), place
-        path.unlink()
-        make_data_set(tmp_path, {"train-00000": 3000})
 
 
 def test_truncated_grown_missing_and_special_files_are_named(data: tuple[Path, Manifest]) -> None:
@@ -202,7 +189,7 @@ def test_the_background_verifier_reports_the_first_problem_with_a_cure(data: tup
     verifier.close()
     assert (verifier.problem() or "").startswith(
         f"{folder}/val-00000.h5: block 0: tokens 0 to 1048575 do not match their digest; "
-        f"run python -m hvdlm.dataset verify {folder}"
+        f"run python -m hvdlm.dataset repair {folder}"
     )
 
 
@@ -230,3 +217,42 @@ def test_a_hostile_structure_with_right_digests_is_a_problem(data: tuple[Path, M
 def test_neither_training_nor_its_verification_imports_hdf5() -> None:
     script = "import sys; sys.modules['h5py'] = None; import hvdlm.data.loader, hvdlm.data.verify"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_shards_are_dealt_out_by_size_each_once() -> None:
+    sizes = [7, 100, 1, 50, 50, 3, 2, 90]
+    entry = ShardEntry("", "train", 1, 1, 1, 0, "", "", Extents(*[Extent(0, "<u2", 1)] * 3))
+    shards = [replace(entry, name=f"train-{i}.h5", file_bytes=size) for i, size in enumerate(sizes)]
+    for parts in (1, 2, 3, 8, 11):
+        shares = share_by_size(shards, parts)
+        assert len(shares) == parts
+        assert sorted(shard.name for share in shares for shard in share) == [s.name for s in shards]
+        loads = [sum(shard.file_bytes for shard in share) for share in shares]
+        assert max(loads) <= max(100, sum(sizes) / parts * 4 / 3)
+    assert share_by_size(shards, 3) == share_by_size(shards[::-1], 3)
+
+
+def test_workers_find_the_same_in_the_order_of_the_manifest(data: tuple[Path, Manifest]) -> None:
+    folder, manifest = data
+    for entry in manifest.shards:
+        flip_bit(folder / entry.name, entry.extents.tokens.offset)
+    assert verify_folder(folder, workers=3) == verify_folder(folder)
+    assert [problem.file for problem in verify_folder(folder, workers=3)] == [e.name for e in manifest.shards]
+
+
+def test_a_verification_ends_when_it_is_left(data: tuple[Path, Manifest]) -> None:
+    folder, manifest = data
+    entry = manifest.shards[0]
+    stop = threading.Event()
+    read: list[int] = []
+
+    def report(new_bytes: int) -> None:
+        read.append(new_bytes)
+        stop.set()
+
+    flip_bit(folder / entry.name, entry.extents.tokens.offset)
+    assert verify_shard(folder / entry.name, entry, manifest.tokenizer, report=report, stop=stop) == []
+    assert sum(read) < entry.file_bytes
+    with Verification(folder, manifest, manifest.shards, workers=1):
+        pass
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("verify")]

@@ -13,7 +13,8 @@ from hvdlm.config import UserError
 from hvdlm.data.entries import BLOCK_TOKENS
 from hvdlm.data.manifest import Manifest, TokenizerInfo, write_manifest
 from hvdlm.data.shards import write_shard
-from hvdlm.dataset import main
+from hvdlm.dataset.__main__ import main
+from hvdlm.dataset.progress import Progress
 from hvdlm.text import TOKENIZERS
 from hvdlm.text.tokenizer import from_library
 
@@ -141,3 +142,34 @@ def test_the_command_line(data: tuple[Path, Manifest], tmp_path: Path) -> None:
     assert (missing.returncode, missing.stdout) == (2, "")
     assert missing.stderr.startswith("hvdlm dataset: error: ")
     assert missing.stderr.count("\n") == 1
+
+
+def test_inspect_shows_ids_with_their_text(
+    data: tuple[Path, Manifest], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(data[0]), "--document", "0", "--split", "val", "--ids"]) == 0
+    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [[str(ord(c)), repr(c)] for c in TEXTS["val"][0]] + [["256", "'<|endoftext|>'"]]
+    with pytest.raises(UserError, match="add --document"):
+        main(["inspect", str(data[0]), "--ids"])
+
+
+def test_one_process_touches_neither_torch_nor_mpi(data: tuple[Path, Manifest]) -> None:
+    """So `verify` starts in a moment, also on a login node where MPI aborts."""
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['mpi4py'] = sys.modules['horovod'] = None; "
+        f"from hvdlm.dataset.__main__ import main; sys.exit(main(['verify', {str(data[0])!r}]))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_batch_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("verify", 4_000_000, line_every_s=0.0) as progress:
+        progress(1_000_000)
+        progress(3_000_000)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" MB,")[0] for line in lines] == ["verify: 1.0 of 4.0", "verify: 4.0 of 4.0"]
+    assert lines[1].endswith(" MB/s, 0 s left")
+    with Progress("verify", 4_000_000) as progress:
+        progress(1_000_000)
+    assert capsys.readouterr().err == ""

@@ -30,8 +30,12 @@ ROOT = Path(__file__).resolve().parents[2]
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md")
 DOCUMENTS = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
 TAGS = {"sh", "text"}
-HEADS = ("python -m ", "./install.sh", "make ", "mpirun ", "horovodrun ")
-LAUNCHER_OPTIONS = {"mpirun": {"-np", *helpers.MPI_OPTIONS}, "horovodrun": {"-np", "--gloo"}}
+HEADS = ("python -m ", "./install.sh", "make ", "mpirun ", "horovodrun ", "srun ")
+LAUNCHER_OPTIONS = {
+    "mpirun": {"-np", *helpers.MPI_OPTIONS},
+    "horovodrun": {"-np", "--gloo"},
+    "srun": {"--mpi=pmix"},
+}
 """What tests/parallel/ runs."""
 RUN_ELSEWHERE = {
     "touch data/runs/demo/STOP": "tests/parallel/test_train_stop.py::stop_by_file",
@@ -105,11 +109,11 @@ def test_every_command_is_understood(line: str, tmp_path: Path, monkeypatch: pyt
 
 
 def without_launcher(words: list[str]) -> list[str]:
-    """The command behind mpirun or horovodrun, whose options are those of tests/parallel/."""
+    """The command behind mpirun, horovodrun or srun, whose options are those of tests/parallel/."""
     program = words.index("python")
     options = {word for word in words[1:program] if not word.isdigit()}
     assert options <= LAUNCHER_OPTIONS[words[0]]
-    assert "-np" in options
+    assert words[0] == "srun" or "-np" in options
     return words[program:]
 
 
@@ -185,7 +189,10 @@ def test_from_raw_text_to_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             done = helpers.run([sys.executable, "-m", module, *arguments], cwd=tmp_path)
             assert done.returncode == 0, done.stdout
         else:
-            assert importlib.import_module(module).main(arguments) == 0
+            command = importlib.import_module(module)
+            if hasattr(command, "__path__"):
+                command = importlib.import_module(f"{module}.__main__")
+            assert command.main(arguments) == 0
     assert modules == [f"hvdlm.{name}" for name in ("preprocess", "train", "evaluate", "generate", "export")]
     assert (tmp_path / "export/mine/model.safetensors").exists()
 

@@ -13,16 +13,18 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import psutil
 import pytest
 
-from hvdlm import preprocess
 from hvdlm.config import run_command
-from hvdlm.corpus import demo, existing, plan, stdlib
+from hvdlm.corpus import demo, existing, install, plan, stdlib
+from hvdlm.corpus.crew import alone
 from hvdlm.data.manifest import read_manifest
+from hvdlm.preprocess.__main__ import main
 from hvdlm.text import TOKENIZERS
 from hvdlm.text.tokenizer import from_library, load
 
@@ -63,7 +65,7 @@ def texts_of(corpus: Path) -> list[str]:
 
 
 def run(*args: str | Path) -> int:
-    return run_command("preprocess", lambda: preprocess.main([str(arg) for arg in args]))
+    return run_command("preprocess", lambda: main([str(arg) for arg in args]))
 
 
 def decoded(folder: Path, split: str) -> list[str]:
@@ -81,7 +83,8 @@ def decoded(folder: Path, split: str) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """Every file but the one that says how long it took."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "seconds.json"}
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
@@ -124,6 +127,28 @@ def test_a_document_longer_than_a_shard_is_cut(tmp_path: Path) -> None:
     assert decoded(out, "train") == ["a" * 100] * 10
     assert decoded(out, "val") == ["b" * 10]
     assert read_manifest(out).text_bytes("train") == 1000
+
+
+def test_a_line_of_50_mb_in_bounded_memory(tmp_path: Path) -> None:
+    """Chinese, emoji and a NUL in one line; the process is a new one, because its peak memory counts."""
+    text = "人人生而自由👩\u200d👩\u200d👧 e\u0301\x00 " * (50_000_000 // 50)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    assert (tmp_path / "a.jsonl").stat().st_size > 40_000_000
+    (tmp_path / "val.txt").write_text("short")
+    out = tmp_path / "out"
+    arguments = [str(tmp_path / "a.jsonl"), "--val", str(tmp_path / "val.txt"), "--out", str(out)]
+    # Not getrusage: its peak begins with the memory of the process that started this one.
+    code = (
+        "import sys; from hvdlm.preprocess.__main__ import main; code = main(sys.argv[1:]); "
+        "[print(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')]; sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, *arguments, "--tokenizer", "byte", "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 350 * 1024
+    with h5py.File(out / "train-00000.h5") as file:
+        assert file["tokens"].shape == (len(text.encode()) + 1,)
+        assert bytes(file["tokens"][:100].astype(np.uint8)) == text.encode()[:100]
 
 
 def test_word_tokenizer_and_a_given_one(corpus: Path, tmp_path: Path) -> None:
@@ -245,7 +270,7 @@ def test_an_empty_split_names_both(tmp_path: Path, capsys: pytest.CaptureFixture
     assert run(tmp_path / "a.txt", "--out", out, "--tokenizer", "byte", "--workers", 1) == 2
     assert "a split is empty: train has 1 documents, val has 0;" in capsys.readouterr().err
     assert run(tmp_path / "empty.jsonl", "--out", out, "--tokenizer", "byte", "--workers", 1) == 2
-    assert "no documents (1 empty, 0 skipped)" in capsys.readouterr().err
+    assert "no documents (1 empty), so" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -294,7 +319,7 @@ def test_an_output_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) ->
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("a\nb\nc\nd\n")
-    with existing.claimed(tmp_path / "out", wait=False):
+    with existing.claimed(tmp_path / "out", wait=False, crew=alone()):
         assert run(tmp_path / "a.txt", "--out", tmp_path / "out") == 2
     assert "another preprocess writes there" in capsys.readouterr().err
 
@@ -311,14 +336,18 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_is_one_line_and_leaves_nothing(
-    workers: int, tiny_disk: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
+    workers: int, tiny_disk: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(corpus, "--out", tiny_disk / "out", "--tokenizer", "byte", "--workers", workers) == 1
+    arguments = ["--tokenizer", "byte", "--workers", workers]
+    assert run(corpus, "--out", tiny_disk / "out", *arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert str(tiny_disk) in error
     assert "No space left on device" in error
-    assert not [*tiny_disk.iterdir()]
+    subprocess.run(["mount", "-o", "remount,size=100m", str(tiny_disk)], check=True)
+    assert run(corpus, "--out", tiny_disk / "out", *arguments) == 0
+    assert run(corpus, "--out", tmp_path / "fresh", *arguments) == 0
+    assert contents(tiny_disk / "out") == contents(tmp_path / "fresh")
 
 
 def start(corpus: Path, out: Path) -> tuple["subprocess.Popen[str]", list[psutil.Process]]:
@@ -366,14 +395,13 @@ def test_a_killed_worker_is_one_line(large_corpus: Path, tmp_path: Path) -> None
     workers[0].kill()
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert "a worker process died of signal SIGKILL while it read" in errors.splitlines()[-1]
+    assert "a worker process died of signal SIGKILL in its task" in errors.splitlines()[-1]
     assert "Traceback" not in errors
     assert gone(workers)
-    assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_run_leaves_no_manifest_and_the_next_starts_over(
-    large_corpus: Path, corpus: Path, tmp_path: Path
+def test_a_killed_run_leaves_no_manifest_and_does_not_go_on_as_another(
+    large_corpus: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     process, workers = start(large_corpus, out)
@@ -381,11 +409,41 @@ def test_a_killed_run_leaves_no_manifest_and_the_next_starts_over(
     process.communicate(timeout=30)
     assert gone(workers)
     assert [path.name for path in out.iterdir()] == [existing.WORK_NAME]
+    arguments = [corpus, "--out", out, "--tokenizer", "byte", "--workers", 1]
+    before = sorted(path.name for path in (out / existing.WORK_NAME).iterdir())
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert "holds unfinished work, begun otherwise (inputs files=20 bytes=" in error
+    assert "; tokenizer word then, byte now); put that back to go on" in error
+    assert sorted(path.name for path in (out / existing.WORK_NAME).iterdir()) == before
     # As if it had been killed while it moved its files into place.
     (out / existing.RECORD_NAME).write_text("{}")
     (out / "train-00099.h5").write_text("half")
-    assert run(corpus, "--out", out, "--tokenizer", "byte", "--workers", 1) == 0
-    assert run(corpus, "--out", tmp_path / "fresh", "--tokenizer", "byte", "--workers", 1) == 0
+    assert run(*arguments, "--force") == 0
+    assert run(*arguments[:2], tmp_path / "fresh", *arguments[3:]) == 0
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_a_run_that_was_killed_while_it_moved_its_files_goes_on(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--tokenizer", "byte", "--workers", 1, "--shard-tokens", 20_000]
+    assert run(corpus, "--out", tmp_path / "fresh", *arguments) == 0
+    out, moved = tmp_path / "out", 0
+    move = install._move
+
+    def move_some(*values: Any) -> Any:
+        nonlocal moved
+        moved += 1
+        if moved == 8:
+            raise KeyboardInterrupt
+        return move(*values)
+
+    monkeypatch.setattr(install, "_move", move_some)
+    assert run(corpus, "--out", out, *arguments) == 130
+    assert len([*out.glob("train-*.h5")]) == 7
+    assert not (out / "manifest.json").exists()
+    assert run(corpus, "--out", out, *arguments) == 0
     assert contents(out) == contents(tmp_path / "fresh")
 
 

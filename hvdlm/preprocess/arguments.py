@@ -1,38 +1,32 @@
-"""Command: text -> tokenizer -> HDF5 shards. The work is in `hvdlm.corpus`."""
+"""The options of ``python -m hvdlm.preprocess``."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hvdlm.config import EXIT_DONE, UserError, run_command
-from hvdlm.corpus.build import Built, build
+from hvdlm.config import UserError
+from hvdlm.corpus.job import Keep
 from hvdlm.corpus.options import Options
 from hvdlm.corpus.readers import ReadOptions
 from hvdlm.corpus.sources import KINDS
-from hvdlm.data.manifest import Manifest
 from hvdlm.text import TOKENIZERS
 
 DEMO_OUT = Path("data/demo")
-_EXIT_INTERRUPTED = 130
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Shard a corpus.
+def parse(argv: Sequence[str] | None) -> tuple[Options, int, bool]:
+    """Read the arguments.
 
     Args:
-        argv: arguments, without the program's name; None = those of the process.
+        argv: without the program's name; None = those of the process.
 
     Returns:
-        The exit code.
+        What to make; worker processes, 0 = by the cores; whether other things may be replaced.
 
     Raises:
-        UserError: bad usage or input, or a full disk.
+        UserError: arguments that exclude each other.
     """
     args = _parser().parse_args(argv)
     if args.inputs and args.out is None:
@@ -46,19 +40,13 @@ def main(argv: list[str] | None = None) -> int:
         vocab_size=args.vocab_size,
         eos=args.eos,
         read=ReadOptions(args.field, args.document, args.invalid),
+        keep=Keep(args.min_chars, args.max_chars, args.max_errors, dedup=args.dedup == "exact"),
         val_fraction=Options.val_fraction if args.val_fraction is None else args.val_fraction,
         val=tuple(args.val),
         shard_tokens=args.shard_tokens,
         seed=args.seed,
     )
-    begun = time.monotonic()
-    try:
-        built = build(options, workers=args.workers, force=args.force)
-    except KeyboardInterrupt:
-        print("hvdlm preprocess: interrupted; nothing was written, run again", file=sys.stderr)
-        return _EXIT_INTERRUPTED
-    print(_summary(options, built, time.monotonic() - begun))
-    return EXIT_DONE
+    return options, args.workers, args.force
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,13 +54,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m hvdlm.preprocess",
         description="Tokenize text once into HDF5 shards for training. Without INPUT it takes the demo "
         "corpus, the sources of Python's standard library.",
-        epilog="The same inputs and options give the same bytes, whatever --workers. "
-        "Exit codes: 0 done, 2 bad usage or input, 1 any other failure.",
+        epilog="Under mpirun or srun, or as a job array, all processes make one data set. The same inputs "
+        "and options give the same bytes, however many there are. Killed or stopped, the same command goes "
+        "on. Exit codes: 0 done, 2 bad usage or input, 75 stopped by a signal, 1 any other failure.",
         allow_abbrev=False,
     )
     default = Options(DEMO_OUT)
     _add_input(parser, default)
     _add_tokenizer(parser, default)
+    _add_filters(parser, default)
     _add_splits(parser, default)
     _add_output(parser, default)
     return parser
@@ -129,6 +119,25 @@ def _add_tokenizer(parser: argparse.ArgumentParser, default: Options) -> None:
     )
 
 
+def _add_filters(parser: argparse.ArgumentParser, default: Options) -> None:
+    group = parser.add_argument_group("what is kept")
+    group.add_argument(
+        "--dedup", choices=("off", "exact"), default="off", help="exact: of equal documents keep the first"
+    )
+    for name, meaning in [
+        ("--min-chars", "reject documents with fewer characters"),
+        ("--max-chars", "reject documents with more characters; 0 = none"),
+        ("--max-errors", "bad records to reject before the run fails"),
+    ]:
+        group.add_argument(
+            name,
+            type=_count(0),
+            default=getattr(default.keep, name[2:].replace("-", "_")),
+            metavar="N",
+            help=f"{meaning}; default: %(default)s",
+        )
+
+
 def _add_splits(parser: argparse.ArgumentParser, default: Options) -> None:
     group = parser.add_argument_group("splits")
     group.add_argument(
@@ -159,7 +168,9 @@ def _add_output(parser: argparse.ArgumentParser, default: Options) -> None:
     group.add_argument(
         "--out", type=Path, metavar="DIR", help=f"folder of the data set; for the demo corpus: {DEMO_OUT}"
     )
-    group.add_argument("--force", action="store_true", help="replace another data set in DIR")
+    group.add_argument(
+        "--force", action="store_true", help="replace another data set in DIR, or unfinished work"
+    )
     group.add_argument(
         "--shard-tokens",
         type=_count(1),
@@ -169,10 +180,10 @@ def _add_output(parser: argparse.ArgumentParser, default: Options) -> None:
     )
     group.add_argument(
         "--workers",
-        type=_count(1),
-        default=len(os.sched_getaffinity(0)),
+        type=_count(0),
+        default=0,
         metavar="N",
-        help="processes; default: one a core, here %(default)s",
+        help="processes of each rank; default: one a core, shared among the ranks of a host",
     )
 
 
@@ -184,38 +195,3 @@ def _count(at_least: int) -> Callable[[str], int]:
         return value
 
     return integer
-
-
-def _summary(options: Options, built: Built, seconds: float) -> str:
-    manifest, counts = built.manifest, built.counts
-    train, val = manifest.split("train"), manifest.split("val")
-    tokens = manifest.tokens("train") + manifest.tokens("val")
-    text_bytes = manifest.text_bytes("train") + manifest.text_bytes("val")
-    documents = f"{manifest.documents('train'):,} train, {manifest.documents('val'):,} val"
-    if counts and counts.empty + counts.skipped:
-        documents += f" (left out: {counts.empty:,} empty, {counts.skipped:,} not UTF-8)"
-    lines = {
-        "documents": documents,
-        "tokens": f"{manifest.tokens('train'):,} train, {manifest.tokens('val'):,} val; "
-        f"{text_bytes / tokens:.2f} bytes of text a token",
-        "tokenizer": f"{options.tokenizer}, {manifest.tokenizer.vocab_size:,} tokens",
-        "shards": f"{len(train)} train, {len(val)} val; "
-        f"{sum(shard.file_bytes for shard in manifest.shards) / 1e6:,.1f} MB",
-    }
-    if counts:
-        lines["time"] = f"{seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB of text a second"
-    lines["folder"] = str(options.out)
-    lines["next"] = _next_command(options, manifest)
-    head = (
-        [] if counts else [f"{options.out} is already there, made from the same inputs with the same options"]
-    )
-    return "\n".join([*head, *(f"{name:<10} {text}" for name, text in lines.items())])
-
-
-def _next_command(options: Options, manifest: Manifest) -> str:
-    data = "" if options.out == DEMO_OUT else f" --data.path {shlex.quote(str(options.out))}"
-    return f"horovodrun -np 2 python -m hvdlm.train{data}"
-
-
-if __name__ == "__main__":
-    sys.exit(run_command("preprocess", main))

@@ -1,0 +1,125 @@
+"""The documents of a task that are kept, in order; and what became of the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import xxhash
+
+from hvdlm.config import UserError
+from hvdlm.corpus.job import Job
+from hvdlm.corpus.plan import Piece, Task
+from hvdlm.corpus.readers import Document, place_of, read_documents
+from hvdlm.data.files import write_atomic
+from hvdlm.text.pieces import cut
+
+REASONS = ("empty", "not_utf8", "too_short", "too_long", "bad", "duplicate")
+"""Why a document was left out, as it is counted."""
+
+
+class Kept(NamedTuple):
+    """A document that is kept: its text, and how many bytes of the task are read by then."""
+
+    text: str
+    done_bytes: int
+
+
+@final
+class Rejects:
+    """What a task left out: counts by reason, and a line for each document that was rejected."""
+
+    def __init__(self, max_errors: int) -> None:
+        self.counts = dict.fromkeys(REASONS, 0)
+        self._max_errors = max_errors
+        self._lines: list[bytes] = []
+
+    @property
+    def rejected(self) -> int:
+        """Documents with a line."""
+        return len(self._lines)
+
+    def count(self, reason: str) -> None:
+        """Leave a document out without a line: empty ones and duplicates."""
+        self.counts[reason] += 1
+
+    def add(self, piece: Piece, document: Document, reason: str, *, detail: str = "") -> None:
+        """Reject a document.
+
+        Raises:
+            UserError: one bad record more than allowed.
+        """
+        self.counts[reason] += 1
+        place = place_of(piece, document)
+        if reason == "bad" and self.counts["bad"] > self._max_errors:
+            where = f"{piece.path}: {place}: " if place else f"{piece.path}: "
+            allowed = f" (one more than --max-errors {self._max_errors})" if self._max_errors else ""
+            raise UserError(f"{where}{detail}{allowed}")
+        row = {"file": piece.path, "place": place, "reason": reason, "detail": detail}
+        self._lines.append(json.dumps(row).encode() + b"\n")
+
+    def save(self, path: Path) -> None:
+        """Write the lines, where there are any.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        if self._lines:
+            write_atomic(path, b"".join(self._lines))
+
+
+def kept_documents(task: Task, job: Job, rejects: Rejects) -> Iterator[Kept]:
+    """The documents of a task that are long and short enough, in the order of its pieces.
+
+    Every stage that reads a task sees the same sequence, so a document is known by its place in it.
+
+    Args:
+        task: from the plan.
+        job: says how to read, and what to keep.
+        rejects: takes the others.
+
+    Raises:
+        UserError: a file that cannot be read, or more bad records than allowed.
+    """
+    keep, before = job.keep, 0
+    for piece in task.pieces:
+        for document in read_documents(piece, job.read):
+            text = document.text
+            if document.problem:
+                rejects.add(piece, document, "bad", detail=document.problem)
+            elif text is None:
+                rejects.add(piece, document, "not_utf8")
+            elif not text:
+                rejects.count("empty")
+            elif len(text) < keep.min_chars:
+                rejects.add(piece, document, "too_short", detail=f"{len(text)} characters")
+            elif keep.max_chars and len(text) > keep.max_chars:
+                rejects.add(piece, document, "too_long", detail=f"{len(text)} characters")
+            else:
+                yield Kept(text, before + document.done_bytes)
+        before += piece.size_bytes
+
+
+def split_of(task: Task, text: str, val_fraction: float) -> str:
+    """Where a document goes: by its own hash, so equal ones stay together whatever else is there.
+
+    Args:
+        task: may decide by itself.
+        text: the document.
+        val_fraction: 0..1.
+
+    Returns:
+        "train" or "val".
+    """
+    if task.split:
+        return task.split
+    return "val" if int(digest(text, xxhash.xxh3_64()).intdigest()) < val_fraction * 2.0**64 else "train"
+
+
+def digest(text: str, state: Any) -> Any:
+    """Feed a hash the UTF-8 of a text, piece by piece: a long one is never there twice as a whole."""
+    for piece in cut(text):
+        state.update(piece.encode())
+    return state

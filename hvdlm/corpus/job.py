@@ -1,0 +1,104 @@
+"""What every task of a data set has in common, and what is counted while they are done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from hvdlm.corpus.plan import Task
+from hvdlm.corpus.readers import ReadOptions
+from hvdlm.data.entries import TokenizerInfo
+from hvdlm.data.files import write_atomic
+from hvdlm.text import tokenizer
+from hvdlm.text.tokenizer import Tokenizer
+
+TOKENIZER_NAME = "tokenizer.json"
+PLAN_NAME, OFFSETS_NAME = "plan.jsonl", "plan.offsets"
+
+
+class Tally(NamedTuple):
+    """Newly read bytes (of the plan's weights), the documents, tokens and rejects among them, tasks done."""
+
+    read_bytes: int = 0
+    documents: int = 0
+    tokens: int = 0
+    rejected: int = 0
+    tasks: int = 0
+
+
+Report = Callable[[Tally], None]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which documents are kept.
+
+    Attributes:
+        min_chars: shorter ones are rejected.
+        max_chars: longer ones are rejected; 0 = none is too long.
+        max_errors: bad records that are rejected before the run fails; 0 = the first one ends it.
+        dedup: of equal documents only the first in plan order is kept.
+    """
+
+    min_chars: int = 0
+    max_chars: int = 0
+    max_errors: int = 0
+    dedup: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task of a run has in common.
+
+    Attributes:
+        folder: where tasks write; it holds the plan and the tokenizer's file.
+        eos: name of the token that ends a document, or "" for the usual ones.
+        read: how documents are read.
+        keep: which are kept.
+        val_fraction: share of documents that goes to validation, 0..1.
+        shard_tokens: tokens a shard at most.
+        seed: of the order of documents.
+    """
+
+    folder: Path
+    eos: str = ""
+    read: ReadOptions = field(default_factory=ReadOptions)
+    keep: Keep = field(default_factory=Keep)
+    val_fraction: float = 0.05
+    shard_tokens: int = 64 << 20
+    seed: int = 0
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer in the job's folder."""
+        return tokenizer.load(self.folder / TOKENIZER_NAME, eos=self.eos)
+
+    @property
+    def tokenizer_info(self) -> TokenizerInfo:
+        """What shards and manifest say of it."""
+        own = self.tokenizer
+        return TokenizerInfo(TOKENIZER_NAME, own.fingerprint, own.vocab_size, own.eos_id)
+
+    def task(self, index: int) -> Task:
+        """A task of the plan: one line of a file, so that nobody reads more of it than its own part."""
+        with (self.folder / PLAN_NAME).open("rb") as file:
+            first, end = np.fromfile(self.folder / OFFSETS_NAME, "<i8", 2, offset=8 * index).tolist()
+            file.seek(first)
+            return Task.from_json(json.loads(file.read(end - first)))
+
+    def write_plan(self, tasks: list[Task]) -> None:
+        """Write the plan.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        lines = [json.dumps(asdict(task)).encode() + b"\n" for task in tasks]
+        offsets = np.cumsum([0, *(len(line) for line in lines)], dtype="<i8")
+        write_atomic(self.folder / PLAN_NAME, b"".join(lines))
+        write_atomic(self.folder / OFFSETS_NAME, offsets.tobytes())

@@ -1,0 +1,171 @@
+"""Encoded documents on disk: written as they come, read back in any order, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import final
+
+import numpy as np
+
+from hvdlm.data.files import read_exactly
+
+_SUFFIXES = (".tokens", ".lengths", ".bytes")
+_FLUSH_TOKENS = 1 << 20
+
+
+@final
+class PileWriter:
+    """Appends encoded documents to three files; a context manager that closes them.
+
+    A document longer than a shard is cut after every `limit` tokens; each part ends with eos and has
+    its share of the text's bytes.
+
+    Args:
+        stem: FOLDER/NAME for FOLDER/NAME.tokens and so on.
+        eos_id: id that ends every document.
+        dtype: of the tokens.
+        limit: tokens of a document at most, without eos.
+    """
+
+    def __init__(self, stem: Path, *, eos_id: int, dtype: np.dtype, limit: int) -> None:
+        self._limit = limit
+        self._eos = np.array([eos_id], dtype)
+        self._stack = ExitStack()
+        self._files = [self._stack.enter_context(_beside(stem, s).open("wb")) for s in _SUFFIXES]
+        self._arrays: list[np.ndarray] = []
+        self._array_tokens = 0
+        self._lengths: list[int] = []
+        self._text_bytes: list[int] = []
+        self._parts = [0]
+
+    def __enter__(self) -> PileWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def add(self, ids: np.ndarray) -> None:
+        """Append to the document that is being written.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        while len(ids):
+            room = self._limit - self._parts[-1]
+            if room == 0:
+                self._append(self._eos)
+                self._parts.append(0)
+                continue
+            self._append(ids[:room])
+            self._parts[-1] += min(room, len(ids))
+            ids = ids[room:]
+
+    def end(self, text_bytes: int) -> None:
+        """End the document.
+
+        Args:
+            text_bytes: UTF-8 bytes of its text.
+        """
+        self._append(self._eos)
+        total = sum(self._parts)
+        stop = before = 0
+        for part in self._parts:
+            stop += part
+            upto = text_bytes if stop == total else text_bytes * stop // total
+            self._lengths.append(part + 1)
+            self._text_bytes.append(upto - before)
+            before = upto
+        self._parts = [0]
+
+    def flush(self) -> None:
+        """Write what is pending; only between documents is the pile whole.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._flush_tokens()
+        for file, values in ((self._files[1], self._lengths), (self._files[2], self._text_bytes)):
+            file.write(np.array(values, "<u4").data)
+            file.flush()
+            values.clear()
+        self._files[0].flush()
+
+    def _append(self, ids: np.ndarray) -> None:
+        self._arrays.append(ids)
+        self._array_tokens += len(ids)
+        if self._array_tokens >= _FLUSH_TOKENS:
+            self._flush_tokens()
+
+    def _flush_tokens(self) -> None:
+        if self._arrays:
+            # Not numpy's own writers: they report a full disk without an errno.
+            self._files[0].write(np.concatenate(self._arrays).data)
+            self._arrays, self._array_tokens = [], 0
+
+
+@final
+class Pile:
+    """Documents that a `PileWriter` wrote; a context manager that closes them.
+
+    Attributes:
+        lengths: uint32 [n], tokens of each document, eos included.
+        text_bytes: uint32 [n], UTF-8 bytes of each document.
+    """
+
+    def __init__(self, stem: Path, dtype: np.dtype) -> None:
+        self._path, self._dtype = _beside(stem, ".tokens"), dtype
+        self.lengths = np.fromfile(_beside(stem, ".lengths"), "<u4")
+        self.text_bytes = np.fromfile(_beside(stem, ".bytes"), "<u4")
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        self._starts = (ends - self.lengths) * dtype.itemsize
+        self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __enter__(self) -> Pile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def copy(self, order: np.ndarray, out: np.ndarray) -> None:
+        """Read documents in some order.
+
+        Args:
+            order: their indices, int64 [k].
+            out: of the pile's dtype, with room for exactly these documents.
+        """
+        view, start = out.view(np.uint8).data, 0
+        sizes = (self.lengths[order].astype(np.int64) * self._dtype.itemsize).tolist()
+        for first, size in zip(self._starts[order].tolist(), sizes, strict=True):
+            read_exactly(self._fd, view[start : start + size], first, self._path)
+            start += size
+
+
+def save_in_order(pile: Pile, order: np.ndarray, stem: Path, dtype: np.dtype) -> None:
+    """Write a pile anew in another order; it appears with its last file.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    temp = stem.with_name(f"{stem.name}.{os.getpid()}")
+    with ExitStack() as stack:
+        tokens, lengths, sizes = (stack.enter_context(_beside(temp, s).open("wb")) for s in _SUFFIXES)
+        for chosen in np.array_split(order, max(1, -(-int(pile.lengths.sum()) // _FLUSH_TOKENS))):
+            out = np.empty(int(pile.lengths[chosen].sum()), dtype)
+            pile.copy(chosen, out)
+            tokens.write(out.data)
+        lengths.write(pile.lengths[order].data)
+        sizes.write(pile.text_bytes[order].data)
+    for suffix in _SUFFIXES:
+        _beside(temp, suffix).rename(_beside(stem, suffix))
+
+
+def remove(stem: Path) -> None:
+    """Delete a pile's files."""
+    for suffix in _SUFFIXES:
+        _beside(stem, suffix).unlink(missing_ok=True)
+
+
+def _beside(stem: Path, suffix: str) -> Path:
+    return stem.with_name(f"{stem.name}{suffix}")

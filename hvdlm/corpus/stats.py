@@ -1,0 +1,99 @@
+"""What became of the documents, and how long it took: for people, stats.json and seconds.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hvdlm.corpus.piles import Pile
+from hvdlm.data.files import publishing, write_atomic
+
+FILE_NAME = "stats.json"
+SECONDS_NAME = "seconds.json"
+"""Apart, because it is the one file of a data set that is another every time."""
+PLOT_NAME = "lengths.png"
+_BINS = 32
+
+
+def summary(pile: Pile) -> dict[str, Any]:
+    """Documents, tokens, bytes of text, and the lengths in tokens.
+
+    `lengths` has 32 numbers: how many documents have 2^k to 2^(k+1) - 1 tokens, eos included.
+    """
+    exponents = np.frexp(pile.lengths.astype(np.float64))[1] - 1
+    return {
+        "documents": len(pile.lengths),
+        "tokens": int(pile.lengths.sum(dtype=np.int64)),
+        "text_bytes": int(pile.text_bytes.sum(dtype=np.int64)),
+        "lengths": np.bincount(exponents, minlength=_BINS).tolist(),
+    }
+
+
+def total(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Add up equal objects of numbers, lists of numbers and such objects."""
+    result: dict[str, Any] = {}
+    for key, value in parts[0].items():
+        values = [part[key] for part in parts]
+        if isinstance(value, dict):
+            result[key] = total(values)
+        elif isinstance(value, list):
+            result[key] = np.sum(values, axis=0).tolist()
+        else:
+            result[key] = sum(values)
+    return result
+
+
+def write(folder: Path, encoded: Sequence[dict[str, Any]], seconds: dict[str, float]) -> None:
+    """Write stats.json and seconds.json, and a plot of the lengths where matplotlib is installed.
+
+    Args:
+        folder: of the data set.
+        encoded: results of the encode stage.
+        seconds: of work in each stage, summed over its tasks.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    counts = total([{"left_out": one["counts"], "splits": one["splits"]} for one in encoded])
+    splits = counts["splits"]
+    for split in splits.values():
+        split["bytes_per_token"] = split["text_bytes"] / split["tokens"] if split["tokens"] else 0.0
+    for name, content in (
+        (FILE_NAME, {"splits": splits, "left_out": counts["left_out"]}),
+        (SECONDS_NAME, {stage: round(value, 3) for stage, value in seconds.items()}),
+    ):
+        write_atomic(folder / name, (json.dumps(content, indent=1) + "\n").encode())
+    _plot(folder / PLOT_NAME, splits)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What `write` wrote; empty where there is none."""
+    try:
+        stats: dict[str, Any] = json.loads((folder / FILE_NAME).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return stats
+
+
+def _plot(path: Path, splits: dict[str, Any]) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    used = [k for k in range(_BINS) if any(split["lengths"][k] for split in splits.values())]
+    bins = range(min(used, default=0), max(used, default=0) + 1)
+    for i, (name, split) in enumerate(splits.items()):
+        heights = [split["lengths"][k] for k in bins]
+        axes.bar([k + 0.4 * (i - 0.5) for k in bins], heights, 0.4, label=name)
+    axes.set_xticks(list(bins), [f"{2**k:,}" for k in bins], rotation=45, ha="right")
+    axes.set(xlabel="tokens, at least", ylabel="documents", yscale="symlog")
+    axes.legend()
+    with publishing(path) as temp:
+        # A date in the file would make it another one every time.
+        figure.savefig(temp, format="png", dpi=120, metadata={"Software": None})

@@ -1,0 +1,255 @@
+"""The folder where the processes that make one data set meet: claims, results, signs of life, failures.
+
+Nothing but files, so that the ranks of a job, the elements of a job array and the next start after a
+crash work together in the same way. A task's result follows from the plan alone and appears by one
+rename: a claim only spares double work, it never decides what is right.
+
+    done/STAGE/00012.json               results; they outlive a crash
+    starts/NAME/claims/STAGE/00012      who does a task, made with O_CREAT | O_EXCL
+    starts/NAME/alive/00003.json        one process's counts; its time of change is a sign of life
+    starts/NAME/failed.json             what ended this start
+    starts/NAME/stopped                 somebody was asked to stop
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, final
+
+from hvdlm.config import EXIT_CRASH, UserError
+from hvdlm.corpus.crew import Crew
+from hvdlm.data.files import TEMP_PREFIX, write_atomic
+
+LEASE_S = 180.0
+"""Without a sign of life for so long, a process's claims are free: NFS may show times a minute old."""
+_CHECK_EVERY_S = 0.5
+_PASSING = frozenset({"open"})
+"""Stages that every start does anew."""
+
+
+class StoppedError(UserError):
+    """This start was asked to stop; what is done is kept."""
+
+
+class PeerError(UserError):
+    """Another process of this start failed and has said so."""
+
+
+class GoneError(Exception):
+    """The folder is gone: another process has completed the data set."""
+
+
+@final
+class Work:
+    """One process's view of the folder.
+
+    Args:
+        folder: made here with what is in it.
+        crew: who works together.
+        wants_stop: whether this process was asked to stop.
+    """
+
+    def __init__(self, folder: Path, crew: Crew, wants_stop: Callable[[], bool]) -> None:
+        self.folder, self.crew = folder, crew
+        self._wants_stop = wants_stop
+        self._start = folder / "starts" / crew.name
+        self._checked_at = 0.0
+        self._waiting: dict[str, list[int]] = {}
+        for path in (folder / "done", self._start / "claims", self._start / "alive"):
+            path.mkdir(parents=True, exist_ok=True)
+        self.tell({})
+        # A member that was started again under its old number takes its claims back.
+        for claim in (self._start / "claims").glob("*/*"):
+            if _owner(claim) == crew.rank:
+                claim.unlink(missing_ok=True)
+
+    def claim(self, stage: str, count: int) -> int | None:
+        """Take a task of a stage that is neither done nor claimed.
+
+        Args:
+            stage: its name.
+            count: tasks it has.
+
+        Returns:
+            The task's index; None where there is none to be had now.
+
+        Raises:
+            GoneError: the data set is complete.
+        """
+        waiting = self._waiting.get(stage)
+        if not waiting:
+            waiting = self._waiting[stage] = self._free(stage, count)
+        while waiting:
+            # Everybody begins somewhere else in the front, so that few reach for the same one.
+            index = waiting.pop(random.randrange(min(len(waiting), 2 * max(self.crew.size, 1))))
+            if self._take(stage, index):
+                return index
+        return None
+
+    def finish(self, stage: str, index: int, result: dict[str, Any]) -> None:
+        """Keep the result of a task.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        write_atomic(self._done(stage) / f"{index:05d}.json", (json.dumps(result) + "\n").encode())
+
+    def complete(self, stage: str, count: int) -> bool:
+        """Whether all tasks of a stage are done."""
+        return len(self._names(self._done(stage))) >= count
+
+    def is_done(self, stage: str, index: int) -> bool:
+        """Whether one task is done."""
+        return (self._done(stage) / f"{index:05d}.json").exists()
+
+    def result(self, stage: str, index: int) -> dict[str, Any]:
+        """The result of a task that is done.
+
+        Raises:
+            GoneError: the data set is complete.
+        """
+        path = self._done(stage) / f"{index:05d}.json"
+        try:
+            result: dict[str, Any] = json.loads(path.read_bytes())
+        except FileNotFoundError as error:
+            raise GoneError from error
+        return result
+
+    def done(self, stage: str) -> list[int]:
+        """Indices of the tasks of a stage that are done, rising."""
+        return sorted(int(name.removesuffix(".json")) for name in self._names(self._done(stage)))
+
+    def forget(self, stage: str, index: int) -> None:
+        """Drop the result of a task, so that it is done again."""
+        (self._done(stage) / f"{index:05d}.json").unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Look, twice a second at most, whether this start shall end.
+
+        Raises:
+            StoppedError: this or another process was asked to stop.
+            PeerError: another process failed.
+        """
+        if self._wants_stop():
+            with suppress(OSError):
+                (self._start / "stopped").touch()
+        elif time.monotonic() - self._checked_at < _CHECK_EVERY_S:
+            return
+        self._checked_at = time.monotonic()
+        if (self._start / "stopped").exists() or self._wants_stop():
+            raise StoppedError("stopped; the same command goes on from there")
+        with suppress(FileNotFoundError, ValueError):
+            failure = json.loads((self._start / "failed.json").read_bytes())
+            raise PeerError(f"process {failure['rank']} failed: {failure['error']}", failure["exit_code"])
+
+    def fail(self, error: UserError) -> None:
+        """Tell the others what went wrong here; the first to do so is the one they name."""
+        record = {"rank": self.crew.rank, "error": str(error), "exit_code": error.exit_code}
+        temp = self._start / f"{TEMP_PREFIX}{self.crew.rank}"
+        # A full disk: the others will meet it too.
+        with suppress(OSError, FileExistsError):
+            temp.write_text(json.dumps(record))
+            os.link(temp, self._start / "failed.json")
+
+    def tell(self, counts: dict[str, Any]) -> None:
+        """Give a sign of life, with what this process has counted."""
+        path = self._start / "alive" / f"{self.crew.rank:05d}.json"
+        temp = path.with_name(f"{TEMP_PREFIX}{path.name}")
+        with suppress(OSError):
+            temp.write_text(json.dumps(counts))
+            temp.rename(path)
+
+    def told(self) -> list[dict[str, Any]]:
+        """The newest counts of every process of this start."""
+        counts = []
+        for path in sorted((self._start / "alive").glob("[0-9]*.json")):
+            with suppress(OSError, ValueError):
+                counts.append(json.loads(path.read_bytes()))
+        return counts
+
+    def begin_anew(self) -> None:
+        """Remove what other starts left: everything, since it is of another data set."""
+        for path in self.folder.iterdir():
+            if path.name != "starts":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (self.folder / "done").mkdir(exist_ok=True)
+
+    def remove_leftovers(self) -> None:
+        """Remove the claims of starts that are over, and files that nobody finished."""
+        for path in (self.folder / "starts").iterdir():
+            if path != self._start:
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.glob(f"{TEMP_PREFIX}*"):
+            path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove the folder at once: whoever looks into it afterwards knows that the work is over."""
+        gone = self.folder.with_name(f"{self.folder.name}.gone-{self.crew.rank}")
+        shutil.rmtree(gone, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            self.folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def _done(self, stage: str) -> Path:
+        return (self._start if stage in _PASSING else self.folder) / "done" / stage
+
+    def _names(self, folder: Path) -> list[str]:
+        """What is in a folder of the work; unfinished files left out."""
+        try:
+            return [path.name for path in folder.iterdir() if not path.name.startswith(TEMP_PREFIX)]
+        except FileNotFoundError:
+            if not self.folder.exists():
+                raise GoneError from None
+            folder.mkdir(parents=True, exist_ok=True)
+            return []
+
+    def _free(self, stage: str, count: int) -> list[int]:
+        done = {int(name.removesuffix(".json")) for name in self._names(self._done(stage))}
+        open_tasks = [index for index in range(count) if index not in done]
+        claims = self._start / "claims" / stage
+        claimed = {int(name) for name in self._names(claims)} if open_tasks else set()
+        free = [index for index in open_tasks if index not in claimed]
+        return free or [i for i in open_tasks if i in claimed and self._is_abandoned(claims / f"{i:05d}")]
+
+    def _take(self, stage: str, index: int) -> bool:
+        path = self._start / "claims" / stage / f"{index:05d}"
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        except FileNotFoundError as error:
+            raise GoneError from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}; free space", EXIT_CRASH) from error
+        with os.fdopen(fd, "w") as file:
+            file.write(str(self.crew.rank))
+        return True
+
+    def _is_abandoned(self, claim: Path) -> bool:
+        """Whether a claim's owner gave no sign of life for a lease; the claim is then removed."""
+        mine, owner = self._start / "alive" / f"{self.crew.rank:05d}.json", _owner(claim)
+        if owner == self.crew.rank:
+            return False
+        try:
+            sign = claim if owner is None else mine.with_name(f"{owner:05d}.json")
+            # Both times are the file server's, whose clock need not be ours.
+            abandoned = mine.stat().st_mtime - sign.stat().st_mtime > LEASE_S
+        except FileNotFoundError:
+            return False
+        if abandoned:
+            claim.unlink(missing_ok=True)
+        return abandoned
+
+
+def _owner(claim: Path) -> int | None:
+    try:
+        return int(claim.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,1 @@
+"""``python -m hvdlm.dataset``: check, show, import and export folders of HDF5 shards."""

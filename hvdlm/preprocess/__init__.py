@@ -1,0 +1,1 @@
+"""The preprocessing command: `__main__` runs it, `arguments` reads options, `report` says what was made."""
