@@ -25,6 +25,8 @@ TINY = (
     "--eval.every 10 --eval.batches 2 --checkpoint.every 10 --log.every 5"
 ).split()
 _TOKEN = "HVDLM_TEST_TOKEN"
+# An mpirun in a Slurm job sets the first beside the last, which is then its daemon's.
+_RANK_NAMES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "SLURM_PROCID")
 _LIMIT_S = 120
 
 
@@ -95,7 +97,7 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     for candidate in family(process):
         with contextlib.suppress(psutil.Error):
             env, command = candidate.environ(), candidate.cmdline()
-            rank = env.get("OMPI_COMM_WORLD_RANK", env.get("HOROVOD_RANK"))
+            rank = next((env[name] for name in _RANK_NAMES if name in env), None)
             if rank is not None and "hvdlm.train" in command and "python" in candidate.name():
                 ranks[int(rank)] = candidate
     return ranks

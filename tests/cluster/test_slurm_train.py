@@ -1,0 +1,120 @@
+"""Training under srun and in batch jobs, on a real Slurm of two nodes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import helpers
+
+pytestmark = pytest.mark.usefixtures("slurm")
+
+ROOT = Path(__file__).parents[2]
+ENDLESS = ("--train.steps", "100000", "--checkpoint.every", "10", "--eval.every", "0", "--log.every", "1000")
+WITHIN_S = 15.0
+
+
+def srun(tasks: int, *more: str) -> list[str]:
+    """A step that is spread over both nodes where it has several tasks."""
+    return ["srun", f"--ntasks={tasks}", f"--nodes={min(tasks, 2)}", *more]
+
+
+def batch(script: str, log: Path, *more: str) -> set[str]:
+    """Run a batch job, or an array of them, to the end; the exit codes.
+
+    Not by `sbatch --wait`, which looks ever more seldom and learns of the end half a minute late.
+    """
+    command = ["sbatch", "--parsable", f"--output={log}", "--ntasks=2", *more, f"--wrap={script}"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    job = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.strip()
+    helpers.wait_until(
+        lambda: not ask("squeue", "--noheader", f"--jobs={job}"), within_s=90, what=f"job {job}"
+    )
+    return set(re.findall(r" ExitCode=(\d+):", ask("scontrol", "--oneliner", "show", "job", job)))
+
+
+def ask(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def job_of(process: subprocess.Popen[str]) -> str:
+    return helpers.ranks_of(process)[0].environ()["SLURM_JOB_ID"]
+
+
+def test_two_tasks_on_two_nodes_train_as_one_run(tiny_data: Path, tmp_path: Path) -> None:
+    done = helpers.run([*srun(2, "--mpi=pmix"), *helpers.train_command(tiny_data, tmp_path / "run")])
+    assert done.returncode == 0, done.stdout
+    assert "2 rank(s) (mpi)" in done.stdout
+    record = helpers.exit_record(tmp_path / "run")
+    assert (record["state"], record["step"]) == ("done", 20)
+
+
+def test_usr2_to_the_step_saves_and_one_task_goes_on(tiny_data: Path, tmp_path: Path) -> None:
+    """Debian's MPI_Init aborts under srun without PMIx: one task must never touch it."""
+    run_folder = tmp_path / "run"
+    command = helpers.train_command(tiny_data, run_folder, *ENDLESS)
+    with helpers.started([*srun(2, "--mpi=pmix"), *command], {}) as process:
+        helpers.wait_for_step(run_folder, 2)
+        subprocess.run(["scancel", "--signal=USR2", f"{job_of(process)}.0"], check=True)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    record = helpers.exit_record(run_folder)
+    assert (record["state"], record["exit_code"]) == ("stopped", 75)
+    assert record["reason"] == "signal SIGUSR2"
+
+    steps = record["step"] + 2
+    done = helpers.run([*srun(1), *command, "--train.steps", str(steps)])
+    assert done.returncode == 0, done.stdout
+    assert "1 rank(s) (single)" in done.stdout
+    assert helpers.samples(run_folder) == [(s, 8 * (s - 1), 8 * s) for s in range(1, steps + 1)]
+
+
+def test_a_batch_job_stops_by_itself_before_its_end(tiny_data: Path, tmp_path: Path) -> None:
+    """No signal is asked for: rank 0 asks Slurm for the job's end and tells the others."""
+    log, run_folder = tmp_path / "log", tmp_path / "run"
+    command = helpers.train_command(tiny_data, run_folder, *ENDLESS, "--train.stop_margin_s", "115")
+    script = " ".join([*helpers.mpirun(2, "--map-by", "node"), *command])
+    assert batch(script, log, "--nodes=2", "--time=2") == {"75"}, log.read_text()
+    assert "2 rank(s) (mpi)" in log.read_text()
+    record = helpers.exit_record(run_folder)
+    assert (record["state"], record["reason"]) == ("stopped", "the job's time is nearly over")
+
+
+def test_every_element_of_an_array_knows_its_own_end(tmp_path: Path) -> None:
+    code = "import os; from hvdlm.cluster.job import job_end; print(job_end(os.environ))"
+    end = 'sed -n "s/^JobId=$SLURM_JOB_ID .* EndTime=\\([^ ]*\\).*/\\1/p"'
+    show = f"scontrol --oneliner show job $SLURM_JOB_ID | {end} | date -f - +%s"
+    script = f"sleep $((2 * SLURM_ARRAY_TASK_ID)); {sys.executable} -c '{code}'; {show}"
+    assert batch(script, tmp_path / "%a", "--time=5", "--array=0-1") == {"0"}
+    for element in ("0", "1"):
+        found, expected = (tmp_path / element).read_text().splitlines()
+        assert found == f"JobEnd(unix={expected}.0, trouble='')"
+    unlimited = helpers.run([*srun(1), sys.executable, "-c", code])
+    assert unlimited.stdout == "JobEnd(unix=0.0, trouble='')\n"
+
+
+def test_kill_9_of_one_task_ends_the_step(tiny_data: Path, tmp_path: Path) -> None:
+    """By the option: without it the other tasks stay in their collective."""
+    run_folder = tmp_path / "run"
+    command = helpers.train_command(tiny_data, run_folder, *ENDLESS)
+    with helpers.started([*srun(2, "--mpi=pmix", "--kill-on-bad-exit=1"), *command], {}) as process:
+        helpers.wait_for_step(run_folder, 2)
+        helpers.send(helpers.ranks_of(process)[1], signal.SIGKILL)
+        helpers.wait_until(lambda: not helpers.family(process), within_s=WITHIN_S, what="all processes gone")
+        assert process.wait() != 0
+    assert helpers.exit_record(run_folder)["state"] in ("running", "failed")
+
+
+def test_tasks_without_a_pmi_are_refused(tiny_data: Path, tmp_path: Path) -> None:
+    """Each would train alone."""
+    done = helpers.run([*srun(2, "--mpi=none"), *helpers.train_command(tiny_data, tmp_path / "run")])
+    assert done.returncode == 2, done.stdout
+    assert "error: launch: srun started 2 tasks without PMIx" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert not (tmp_path / "run").exists()
