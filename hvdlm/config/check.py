@@ -19,7 +19,7 @@ def check(config: RunConfig) -> RunConfig:
     _check_train(config.train)
     _check_optim(config.optim)
     _require(config.data.seq_len >= 2, f"data.seq_len {config.data.seq_len} must be at least 2")
-    _require(config.data.prefetch >= 1, f"data.prefetch {config.data.prefetch} must be at least 1")
+    _require(config.data.prefetch >= 0, f"data.prefetch {config.data.prefetch} must not be negative")
     _require(
         config.checkpoint.keep_last >= 2,
         f"checkpoint.keep_last {config.checkpoint.keep_last} must be at least 2",

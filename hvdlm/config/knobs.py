@@ -43,7 +43,7 @@ class DataConfig:
     seq_len: int = 1024
     """Tokens a sample (T); a window of T+1 tokens is read."""
     prefetch: int = 4
-    """Steps read ahead by the loader's threads."""
+    """Steps read ahead by the loader's threads; 0 = no threads, a step is read when it is due."""
     verify: Literal["background", "before", "off"] = "background"
     """When each rank checks its share of the shards' block digests."""
 

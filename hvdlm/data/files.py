@@ -75,7 +75,7 @@ def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
                 )
             count += got
     except OSError as error:
-        _refuse_read(path, error, f" at byte {offset}")
+        refuse_read(path, error, f" at byte {offset}")
 
 
 def check_file(path: Path, file_bytes: int) -> None:
@@ -87,7 +87,7 @@ def check_file(path: Path, file_bytes: int) -> None:
     try:
         _check_status(path, path.stat(), file_bytes)
     except OSError as error:
-        _refuse_read(path, error, "")
+        refuse_read(path, error, "")
 
 
 def open_checked(path: Path, file_bytes: int) -> int:
@@ -103,7 +103,7 @@ def open_checked(path: Path, file_bytes: int) -> int:
         # O_NONBLOCK: opening a FIFO would wait for its writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        _refuse_read(path, error, "")
+        refuse_read(path, error, "")
     try:
         _check_status(path, os.fstat(fd), file_bytes)
     except BaseException:
@@ -131,6 +131,7 @@ class OpenFiles:
 
     def __init__(self, files: Sequence[tuple[Path, int]], *, limit: int) -> None:
         self._files, self._limit = files, limit
+        self._crowded = len(files) > limit
         self._fds: OrderedDict[int, int] = OrderedDict()
 
     def get(self, index: int) -> int:
@@ -141,7 +142,8 @@ class OpenFiles:
         """
         fd = self._fds.get(index)
         if fd is not None:
-            self._fds.move_to_end(index)
+            if self._crowded:
+                self._fds.move_to_end(index)
             return fd
         if len(self._fds) >= self._limit:
             os.close(self._fds.popitem(last=False)[1])
@@ -174,7 +176,12 @@ def _check_status(path: Path, status: os.stat_result, file_bytes: int) -> None:
         )
 
 
-def _refuse_read(path: Path, error: OSError, place: str) -> NoReturn:
+def refuse_read(path: Path, error: OSError, place: str) -> NoReturn:
+    """Name the file, and the place in it, that the system could not read.
+
+    Raises:
+        UserError: Always.
+    """
     if isinstance(error, FileNotFoundError):
         raise UserError(f"{path}: missing, but the manifest names it; {cure(path.parent)}") from error
     message = f"{path}: cannot be read{place}: {error.strerror} (errno {error.errno}); check the file system"

@@ -83,7 +83,7 @@ class Loader:
         split: "train" or "val".
         plan: Equal on all ranks.
         share: (d, D), from the mesh; the ranks of one d read the same.
-        prefetch_steps: Steps kept ready, at least 1.
+        prefetch_steps: Steps kept ready by threads; 0 = no thread, a step is read when it is asked for.
 
     Raises:
         UserError: The split has no sample, the batches do not divide, or one of this share's shards
@@ -109,7 +109,7 @@ class Loader:
         self._folder, self._manifest, self._split, self._plan = folder, manifest, split, plan
         self._slots = share_of(plan.slots, share)
         self._first = first_windows(_shard_tokens(manifest, split), plan.seq_len)
-        self._prefetch_steps = max(1, prefetch_steps)
+        self._prefetch_steps = prefetch_steps
         self._prefetcher: Prefetcher[StepBatch] | None = None
         if not self.windows:
             raise UserError(_no_window(folder, manifest, split, plan.seq_len))
@@ -130,6 +130,8 @@ class Loader:
         self.close()
         if not self._slots:
             return (self._batch(step, []) for step in _count(start_step + 1, 1))
+        if not self._prefetch_steps:
+            return self._read_steps(start_step + 1, 1)
         threads = min(_MAX_THREADS, self._prefetch_steps)
         self._prefetcher = Prefetcher(
             lambda k: self._read_steps(start_step + 1 + k, threads),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from hvdlm.config import UserError
-from hvdlm.data.files import OpenFiles, cure, read_exactly
+from hvdlm.data.files import OpenFiles, cure, read_exactly, refuse_read
 from hvdlm.data.manifest import Manifest
 
 IGNORED_LABEL = -100
@@ -39,6 +40,8 @@ class WindowReader:
         self._vocab_size = manifest.tokenizer.vocab_size
         self._dtype = np.dtype(manifest.tokenizer.token_dtype)
         self._seq_len = seq_len
+        self._raw = np.empty((0, seq_len + 1), self._dtype)
+        self._rows: list[memoryview] = []
 
     def read(
         self, shards: Sequence[int], firsts: Sequence[int], *, out: np.ndarray | None = None
@@ -74,24 +77,38 @@ class WindowReader:
         self._files.close()
 
     def _fill(self, shards: Sequence[int], firsts: Sequence[int]) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """The raw ids [m, T + 1], zero after a short window; row and number of ids of the short ones."""
-        width, size = self._seq_len + 1, self._dtype.itemsize
-        raw = np.empty((len(shards), width), self._dtype)
-        view, start, short = raw.data.cast("B"), 0, []
-        for row, (shard, first) in enumerate(zip(shards, firsts, strict=True)):
-            offset, tokens = self._extents[shard]
-            count = width
-            if first + width > tokens:
-                count = tokens - first
-                raw[row, count:] = 0
-                short.append((row, count))
-            part = view[start : start + count * size]
-            read_exactly(self._files.get(shard), part, offset + first * size, self._paths[shard])
-            start += width * size
+        """The raw ids [m, T + 1], zero after a short window; row and number of ids of the short ones.
+
+        The array is filled anew by the next call.
+        """
+        if len(self._raw) != len(shards):
+            self._raw = np.empty((len(shards), self._seq_len + 1), self._dtype)
+            self._rows = [row.data.cast("B") for row in self._raw]
+        short = self._read_rows(shards, firsts)
+        for row, count in short:
+            self._raw[row, count:] = 0
         # An id beyond the embedding would surface as an index error deep in the model.
-        if len(raw) and int(raw.max()) >= self._vocab_size:
-            self._refuse_id(raw, shards, firsts)
-        return raw, short
+        if len(shards) and int(self._raw.max()) >= self._vocab_size:
+            self._refuse_id(self._raw, shards, firsts)
+        return self._raw, short
+
+    def _read_rows(self, shards: Sequence[int], firsts: Sequence[int]) -> list[tuple[int, int]]:
+        """One system call a window; whatever else is done here for each is felt in the loader's speed."""
+        extents, descriptor, preadv = self._extents, self._files.get, os.preadv
+        width, size, shard, place = self._seq_len + 1, self._dtype.itemsize, 0, 0
+        short: list[tuple[int, int]] = []
+        try:
+            for index, (row, shard, first) in enumerate(zip(self._rows, shards, firsts, strict=True)):
+                offset, tokens = extents[shard]
+                place = offset + first * size
+                if first + width > tokens:
+                    short.append((index, tokens - first))
+                    row = row[: (tokens - first) * size]
+                if preadv(descriptor(shard), (row,), place) != row.nbytes:
+                    read_exactly(descriptor(shard), row, place, self._paths[shard])
+        except OSError as error:
+            refuse_read(self._paths[shard], error, f" at byte {place}")
+        return short
 
     def _refuse_id(self, raw: np.ndarray, shards: Sequence[int], firsts: Sequence[int]) -> None:
         row, column = np.argwhere(raw >= self._vocab_size)[0].tolist()

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from data_sets import flip_bit, make_data_set, overwrite
@@ -118,6 +119,28 @@ def test_memory_is_recycled_only_when_nothing_refers_to_it() -> None:
     assert recycler.take().ctypes.data != address
     del view
     assert recycler.take().ctypes.data == address
+
+
+def test_without_prefetch_there_is_no_thread_and_the_same_batches(data: tuple) -> None:
+    before = threading.active_count()
+    loader = Loader(*data[:2], "train", plan=PLAN, share=(0, 1), prefetch_steps=0)
+    steps = loader.steps(3)
+    own = [next(steps) for _ in range(4)]
+    assert threading.active_count() == before
+    threaded = take(Loader(*data[:2], "train", plan=PLAN, share=(0, 1), prefetch_steps=4), 3, 4)
+    assert torch.equal(rows(own), rows(threaded))
+
+
+def test_memory_does_not_grow(data: tuple) -> None:
+    """A hundred thousand windows: a leak of one small object for each would be megabytes."""
+    plan = BatchPlan(seq_len=16, global_batch=100, micro_batch=100, seed=0)
+    steps = Loader(*data[:2], "train", plan=plan, share=(0, 1), prefetch_steps=0).steps(0)
+    for _ in range(500):
+        next(steps)
+    before = psutil.Process().memory_info().rss
+    for _ in range(1000):
+        next(steps)
+    assert psutil.Process().memory_info().rss - before < 2**20
 
 
 def test_files_kept_open_are_few_and_all_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
