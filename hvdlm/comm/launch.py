@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from hvdlm.config import ParallelConfig, UserError
+from hvdlm.config import ParallelConfig
 
 UNKNOWN = 0
 """Local size where the launcher does not tell; MPI is asked once it has started."""
@@ -43,13 +43,11 @@ _MPI = (
 def classify(env: Mapping[str, str]) -> Launch:
     """Tell how a process with this environment was launched.
 
-    - *gloo*: `horovodrun --gloo`, which names ranks and a rendezvous server
+    - *gloo*: `horovodrun --gloo`, which names ranks and a rendezvous server; or several tasks under
+      `srun` without a PMI, which have to find each other (`comm.rendezvous`)
     - *mpi*: `mpirun`, `horovodrun`, or `srun` with a PMI that the MPI library can use
     - *single*: everything else, one task under srun included: MPI_Init without a matching PMI
       aborts the process, so MPI stays untouched
-
-    Raises:
-        UserError: several tasks under srun without a PMI: each would train alone.
     """
     if "HOROVOD_GLOO_RENDEZVOUS_ADDR" in env and "HOROVOD_RANK" in env:
         return _launch("gloo", env, _HOROVODRUN_GLOO)
@@ -59,18 +57,18 @@ def classify(env: Mapping[str, str]) -> Launch:
     tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks <= 1:
         return Launch("single")
-    if "PMIX_RANK" not in env:
-        raise UserError(
-            f"launch: srun started {tasks} tasks without PMIx, so each would train alone; "
-            "use srun --mpi=pmix (srun --mpi=list shows what there is) or mpirun"
-        )
     return Launch(
-        "mpi",
-        rank=int(env["PMIX_RANK"]),
+        "mpi" if "PMIX_RANK" in env else "gloo",
+        rank=int(env.get("PMIX_RANK", env["SLURM_PROCID"])),
         size=tasks,
         local_rank=int(env.get("SLURM_LOCALID", "0")),
         local_size=local_tasks(env),
     )
+
+
+def needs_meeting(launch: Launch, env: Mapping[str, str]) -> bool:
+    """Whether the ranks have yet to find each other: no launcher brought a rendezvous server."""
+    return launch.kind == "gloo" and "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in env
 
 
 def process_settings(
@@ -123,10 +121,15 @@ def _launch(kind: Literal["mpi", "gloo"], env: Mapping[str, str], names: tuple[s
 
 
 def local_tasks(env: Mapping[str, str]) -> int:
-    """Tasks of a Slurm step on this node, from its compressed list, e.g. '4(x2),3'."""
+    """Tasks of a Slurm step on this node."""
+    counts, node = tasks_of_nodes(env), int(env.get("SLURM_NODEID", "0"))
+    return counts[node] if node < len(counts) else counts[-1]
+
+
+def tasks_of_nodes(env: Mapping[str, str]) -> list[int]:
+    """Tasks of a Slurm step on each node, from its compressed list, e.g. '4(x2),3'."""
     counts: list[int] = []
     for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
         count, _, repeat = part.partition("(x")
         counts += [int(count)] * int(repeat.rstrip(")") or 1)
-    node = int(env.get("SLURM_NODEID", "0"))
-    return counts[node] if node < len(counts) else counts[-1]
+    return counts

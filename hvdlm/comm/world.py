@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, final
 
 import horovod.torch as hvd
 import torch
 
-from hvdlm.comm.launch import UNKNOWN, Launch
+from hvdlm.comm import rendezvous
+from hvdlm.comm.launch import UNKNOWN, Launch, needs_meeting
 from hvdlm.config import UserError
 
 # Horovod's element counts are int32 in places.
@@ -22,23 +24,33 @@ class AgreedError(UserError):
     """A user error that every rank raises at the same place, so that all can leave in order."""
 
 
-def init(launch: Launch, settings: Mapping[str, str]) -> World:
+def init(launch: Launch, settings: Mapping[str, str], *, meeting: Path | None = None) -> World:
     """Start MPI (where the launch is *mpi*) and Horovod.
 
     Args:
         launch: how this process was launched, from `comm.launch.classify`.
         settings: environment variables from `comm.launch.process_settings`, set here.
+        meeting: a folder all ranks see, where those of a plain srun find each other; None = they do not.
 
     Returns:
         The world of this run; `close()` it at the end.
 
     Raises:
         UserError: the number of ranks is not what the launcher announced (a PMI that the MPI
-            library cannot use makes every rank a world of its own), or MPI lacks threads.
+            library cannot use makes every rank a world of its own), MPI lacks threads, or the ranks have
+            no place to meet.
 
     Collective: yes.
     """
+    meets = needs_meeting(launch, os.environ)
+    if meets and meeting is None:
+        raise UserError(
+            f"launch: srun started {launch.size} tasks without PMIx, so each would work alone; use "
+            "srun --mpi=pmix (srun --mpi=list shows what there is) or mpirun, or one task"
+        )
     os.environ.update(settings)
+    if meets and meeting is not None:
+        os.environ.update(rendezvous.meet(launch, meeting, os.environ))
     if "OMP_NUM_THREADS" in settings:
         # torch read the environment when it was imported.
         torch.set_num_threads(int(settings["OMP_NUM_THREADS"]))
@@ -53,7 +65,13 @@ def init(launch: Launch, settings: Mapping[str, str]) -> World:
             f"launch: the launcher started {launch.size} tasks, Horovod found {hvd.size()} rank(s); "
             "the MPI library does not know this launcher's PMI: use mpirun, or srun --mpi=pmix"
         )
-    return World(replace(launch, rank=hvd.rank()))
+    world = World(replace(launch, rank=hvd.rank()))
+    if meets and meeting is not None:
+        # Everybody has read it: Horovod came up.
+        world.barrier(name="world.met")
+        if world.is_root:
+            rendezvous.forget(meeting)
+    return world
 
 
 @final

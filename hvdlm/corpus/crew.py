@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hvdlm.comm import mpi
-from hvdlm.comm.launch import classify, local_tasks
-from hvdlm.config import UserError
+from hvdlm.comm.launch import classify, needs_meeting
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,11 @@ def find(env: Mapping[str, str] | None = None) -> Crew:
         element = int(env["SLURM_ARRAY_TASK_ID"]) - int(env.get("SLURM_ARRAY_TASK_MIN", "0"))
         elements = int(env.get("SLURM_ARRAY_TASK_COUNT", "1"))
         return Crew(f"array-{array}", element * tasks + task, elements * tasks, apart=True)
-    try:
-        launch = classify(env)
-    except UserError:
+    launch = classify(env)
+    if needs_meeting(launch, env):
         names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
         step = f"step-{'.'.join(env.get(name, '0') for name in names)}"
-        return Crew(step, task, tasks, local_size=local_tasks(env))
+        return Crew(step, task, tasks, local_size=launch.local_size)
     if launch.kind == "single":
         return alone()
     if launch.kind == "gloo":

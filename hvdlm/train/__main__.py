@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     run_folder = Path(f"data/runs/{recipe}" if config.train.out == "auto" else config.train.out)
     # Before MPI starts, as it takes a process.
     job_end_unix = _job_end_unix() if here.rank == 0 else 0.0
-    return _run(config, run_folder, world.init(here, settings), job_end_unix=job_end_unix)
+    return _run(config, run_folder, world.init(here, settings, meeting=run_folder), job_end_unix=job_end_unix)
 
 
 def _prepare_demo(config: RunConfig, recipe: str, here: launch.Launch) -> None:

@@ -111,10 +111,21 @@ def test_kill_9_of_one_task_ends_the_step(tiny_data: Path, tmp_path: Path) -> No
     assert helpers.exit_record(run_folder)["state"] in ("running", "failed")
 
 
-def test_tasks_without_a_pmi_are_refused(tiny_data: Path, tmp_path: Path) -> None:
-    """Each would train alone."""
-    done = helpers.run([*srun(2, "--mpi=none"), *helpers.train_command(tiny_data, tmp_path / "run")])
+def test_tasks_without_a_pmi_find_each_other(tiny_data: Path, tmp_path: Path) -> None:
+    """By Gloo and a file in the run folder; MPI is not touched."""
+    run_folder = tmp_path / "run"
+    command = [*srun(3, "--mpi=none"), *helpers.train_command(tiny_data, run_folder)]
+    done = helpers.run(command)
+    assert done.returncode == 0, done.stdout
+    assert "3 rank(s) (gloo)" in done.stdout
+    assert helpers.exit_record(run_folder)["state"] == "done"
+    assert not [*run_folder.glob(".rendezvous-*")]
+    assert helpers.samples(run_folder) == [(s, 8 * (s - 1), 8 * s) for s in range(1, 21)]
+
+
+def test_other_commands_without_a_pmi_are_refused(tiny_data: Path, tmp_path: Path) -> None:
+    """Each task would work alone."""
+    done = helpers.run([*srun(2, "--mpi=none"), sys.executable, "-m", "hvdlm.evaluate", str(tmp_path)])
     assert done.returncode == 2, done.stdout
-    assert "error: launch: srun started 2 tasks without PMIx" in done.stdout
+    assert "launch: srun started 2 tasks without PMIx" in done.stdout
     assert "Traceback" not in done.stdout
-    assert not (tmp_path / "run").exists()

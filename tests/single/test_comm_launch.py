@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hvdlm.comm.launch import UNKNOWN, Launch, classify, process_settings
+from hvdlm.comm import world
+from hvdlm.comm.launch import UNKNOWN, Launch, classify, needs_meeting, process_settings
 from hvdlm.config import ParallelConfig, UserError
 
 OPEN_MPI = {
@@ -50,9 +51,13 @@ def test_classify(env: dict[str, str], expected: Launch) -> None:
     assert classify(env) == expected
 
 
-def test_srun_without_pmix_is_refused() -> None:
+def test_srun_without_a_pmi_has_to_meet() -> None:
+    assert classify(SRUN) == Launch("gloo", 5, 8, 1, 4)
+    assert needs_meeting(classify(SRUN), SRUN)
+    assert not needs_meeting(classify(GLOO), GLOO)
+    assert not needs_meeting(classify(OPEN_MPI), OPEN_MPI)
     with pytest.raises(UserError, match=r"8 tasks without PMIx.*srun --mpi=pmix"):
-        classify(SRUN)
+        world.init(classify(SRUN), {})
 
 
 def test_uneven_nodes_know_their_own_tasks() -> None:
