@@ -53,7 +53,7 @@ SelectTypeParameters=CR_CPU
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
-KillWait=10
+KillWait=5
 SlurmdParameters=config_overrides
 NodeName=n1 NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8
 NodeName=n2 NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8
