@@ -37,7 +37,6 @@ def test_the_store_answers_to_whoever_knows_its_key(tmp_path: Path) -> None:
     assert ask(url, "GET") == (200, b"\x00\xffvalue")
     assert ask(url.replace(secret, "0" * 32), "GET") == (404, b"")
     assert ask(url.replace(secret, "0" * 32), "PUT", b"x")[0] == 400
-    assert ask(url, "PUT", bytes((1 << 20) + 1))[0] == 400
     assert ask(url, "GET") == (200, b"\x00\xffvalue")
     assert ask(url, "DELETE")[0] == 200
     assert ask(url, "GET")[0] == 404
@@ -59,5 +58,5 @@ def test_the_others_read_a_file_that_is_the_owners_alone(
     assert (second["HOROVOD_CROSS_RANK"], second["HOROVOD_CROSS_SIZE"]) == ("0", "1")
     rendezvous.forget(tmp_path)
     monkeypatch.setattr(rendezvous, "WAIT_S", 0.2)
-    with pytest.raises(UserError, match="rank 0 did not write it in 0 s"):
+    with pytest.raises(UserError, match="rank 0 did not write it within 0 s"):
         rendezvous.meet(Launch("gloo", 1, 3, 1, 2), tmp_path, STEP)

@@ -21,6 +21,8 @@ BASES_THAT_MAKE_NO_FAMILY = {
     "nn.Module",
     "ABC",
     "Protocol",
+    "BaseHTTPRequestHandler",
+    "ThreadingHTTPServer",
     "NamedTuple",
 } | {"ArgumentParser"}
 
