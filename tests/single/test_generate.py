@@ -219,7 +219,8 @@ def test_a_checkpoint_folder_is_a_run(run, capfd):
 
 
 def test_ctrl_c_and_a_closed_pipe_end_quietly(run):
-    endless = command(run, "--max-tokens", 10**9, "--temperature", 1)
+    # Greedy: at another temperature this little model would draw eos before long.
+    endless = command(run, "--max-tokens", 10**9, "--temperature", 0, "--prompt", "d")
     environment = {**os.environ, "PYTHONPATH": str(helpers.__file__).rpartition("/tests/")[0], "LC_ALL": "C"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment}
     with subprocess.Popen(endless, **pipes) as first, subprocess.Popen(endless, **pipes) as second:
