@@ -87,15 +87,17 @@ def test_a_batch_job_stops_by_itself_before_its_end(tiny_data: Path, tmp_path: P
 
 
 def test_every_element_of_an_array_knows_its_own_end(tmp_path: Path) -> None:
-    # While the first runs the other waits, under the number that they share.
+    """The last has the array's number, under which squeue lists its brothers: one runs until it has asked."""
     code = "import os; from hvdlm.cluster.job import job_end; print(job_end(os.environ))"
     end = 'sed -n "s/^JobId=$SLURM_JOB_ID .* EndTime=\\([^ ]*\\).*/\\1/p"'
     show = f"scontrol --oneliner show job $SLURM_JOB_ID | {end} | date -f - +%s"
-    script = f"{sys.executable} -c '{code}'; {show}"
-    assert batch(script, tmp_path / "%a", "--time=5", "--array=0-1%1") == {"0"}
-    for element in ("0", "1"):
-        found, expected = (tmp_path / element).read_text().splitlines()
-        assert found == f"JobEnd(unix={expected}.0, trouble='')"
+    # The first makes the last start later than its brother.
+    wait = f"sleep 2; [ $SLURM_ARRAY_TASK_ID != 1 ] || until [ -s {tmp_path}/2 ]; do sleep 0.2; done"
+    script = f"{sys.executable} -c '{code}'; {show}; {wait}"
+    assert batch(script, tmp_path / "%a", "--time=5", "--array=0-2%2") == {"0"}
+    outputs = [(tmp_path / str(element)).read_text().splitlines() for element in range(3)]
+    assert [found for found, _ in outputs] == [f"JobEnd(unix={e}.0, trouble='')" for _, e in outputs]
+    assert outputs[1] != outputs[2]
     unlimited = helpers.run([*srun(1), sys.executable, "-c", code])
     assert unlimited.stdout == "JobEnd(unix=0.0, trouble='')\n"
 
