@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import zlib
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import zstandard
+from isal import igzip, isal_zlib
 
 from hvdlm.config import UserError
 from hvdlm.corpus.plan import Piece
@@ -130,12 +130,12 @@ def _plain(file: BinaryIO, piece: Piece) -> Generator[bytes, None, None]:
 
 def _gunzip(file: BinaryIO, piece: Piece) -> Generator[bytes, None, None]:
     try:
-        with gzip.open(file) as stream:
+        with igzip.open(file) as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 yield chunk
     except EOFError:
         raise _damaged(piece, "gzip", "truncated: it ends too early") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
+    except (gzip.BadGzipFile, isal_zlib.error) as error:
         raise _damaged(piece, "gzip", str(error)) from None
 
 
