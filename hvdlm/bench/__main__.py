@@ -6,10 +6,10 @@ import argparse
 import json
 import sys
 
-from hvdlm.bench import step
+from hvdlm.bench import preprocess, step
 from hvdlm.config import EXIT_DONE, run_command
 
-BENCHMARKS = {"step": step}
+BENCHMARKS = {"preprocess": preprocess, "step": step}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import zstandard
-from isal import igzip, isal_zlib
+from isal import igzip
+from isal.igzip_lib import IsalError
 
 from hvdlm.config import UserError
 from hvdlm.corpus.plan import Piece
@@ -135,7 +136,7 @@ def _gunzip(file: BinaryIO, piece: Piece) -> Generator[bytes, None, None]:
                 yield chunk
     except EOFError:
         raise _damaged(piece, "gzip", "truncated: it ends too early") from None
-    except (gzip.BadGzipFile, isal_zlib.error) as error:
+    except (gzip.BadGzipFile, IsalError) as error:  # type: ignore[misc]
         raise _damaged(piece, "gzip", str(error)) from None
 
 

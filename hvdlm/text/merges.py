@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TypeVar
 
 Symbols = TypeVar("Symbols", str, bytes)
@@ -39,9 +40,7 @@ def _apply(token: Symbols, ranks: Mapping[Symbols, int], *, below: int) -> list[
     """A token cut into its symbols, then merged as far as ranks under `below` go."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
-        candidates = [
-            (ranks.get(a + b, below), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
-        ]
+        candidates = [(ranks.get(a + b, below), i) for i, (a, b) in enumerate(pairwise(parts))]
         rank, i = min(candidates)
         if rank >= below:
             break
