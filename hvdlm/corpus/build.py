@@ -12,6 +12,7 @@ Stages, each done by whoever of the crew is there; a stage is over when all its 
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -31,13 +32,16 @@ from hvdlm.corpus.options import Options, Source, look_up, record
 from hvdlm.corpus.plan import Task, make_plan
 from hvdlm.corpus.pool import Team
 from hvdlm.corpus.progress import Progress
-from hvdlm.corpus.training_text import share_bytes, training_texts
+from hvdlm.corpus.training_text import sample_texts, share_bytes, training_texts
 from hvdlm.corpus.work import GoneError, PeerError, StoppedError, Work
 from hvdlm.data.files import write_atomic
 from hvdlm.data.manifest import Manifest, read_manifest
-from hvdlm.text import TOKENIZERS
+from hvdlm.text import TOKENIZERS, fast
+from hvdlm.text import tokenizer as tokenizers
 from hvdlm.text.tokenizer import from_library
 
+FAST_FROM_BYTES = 64 << 20
+"""Input from which the fast encoder is tried: proving that its ids are equal takes some seconds."""
 _POLL_S = 0.2
 _WORTH_KEEPING = ("hash", "encode")
 _TIMED = ("hash", "tokenizer", "encode")
@@ -212,7 +216,7 @@ def _done_before(work: Work, job: Job) -> Tally:
 
 
 def _tokenizer(options: Options, job: Job, opened: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Train the tokenizer, where none was given."""
+    """Train the tokenizer, where none was given, and choose the encoder for all processes."""
     begun = time.monotonic()
     if not opened["given"]:
         builder = TOKENIZERS[options.tokenizer]
@@ -228,6 +232,12 @@ def _tokenizer(options: Options, job: Job, opened: dict[str, Any], progress: Pro
             texts = training_texts(job, count, total_bytes=total_bytes, report=progress)
         trained = from_library(builder(texts, opened["vocab_size"]))
         write_atomic(job.folder / TOKENIZER_NAME, trained.json_bytes)
+    if opened["bytes"] >= FAST_FROM_BYTES:
+        reference = tokenizers.load(job.folder / TOKENIZER_NAME, eos=job.eos)
+        choice = fast.check(reference, sample_texts(job, opened["tasks"]))
+        if fast.line(choice):
+            print(f"hvdlm preprocess: {fast.line(choice)}", file=sys.stderr, flush=True)
+        job.write_choice(choice)
     return {"seconds": time.monotonic() - begun}
 
 

@@ -15,10 +15,10 @@ from hvdlm.corpus.plan import Task
 from hvdlm.corpus.readers import ReadOptions
 from hvdlm.data.entries import TokenizerInfo
 from hvdlm.data.files import write_atomic
-from hvdlm.text import tokenizer
+from hvdlm.text import fast, tokenizer
 from hvdlm.text.tokenizer import Tokenizer
 
-TOKENIZER_NAME = "tokenizer.json"
+TOKENIZER_NAME, ENCODER_NAME = "tokenizer.json", "encoder.json"
 PLAN_NAME, OFFSETS_NAME = "plan.jsonl", "plan.offsets"
 
 
@@ -76,8 +76,22 @@ class Job:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer in the job's folder."""
-        return tokenizer.load(self.folder / TOKENIZER_NAME, eos=self.eos)
+        """The tokenizer in the job's folder, with the encoder that was chosen for all.
+
+        Raises:
+            UserError: this machine lacks the chosen encoder.
+        """
+        path = self.folder / ENCODER_NAME
+        choice = json.loads(path.read_bytes()) if path.exists() else fast.REFERENCE
+        return fast.follow(tokenizer.load(self.folder / TOKENIZER_NAME, eos=self.eos), choice)
+
+    def write_choice(self, choice: fast.Choice) -> None:
+        """Tell all processes which encoder to use.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        write_atomic(self.folder / ENCODER_NAME, json.dumps(choice).encode())
 
     @property
     def tokenizer_info(self) -> TokenizerInfo:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import zlib
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import zstandard
+from isal import igzip
+from isal.igzip_lib import IsalError
 
 from hvdlm.config import UserError
 from hvdlm.corpus.plan import Piece
@@ -137,12 +138,12 @@ def _plain(file: BinaryIO, piece: Piece) -> Generator[bytes, None, None]:
 
 def _gunzip(file: BinaryIO, piece: Piece) -> Generator[bytes, None, None]:
     try:
-        with gzip.open(file) as stream:
+        with igzip.open(file) as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 yield chunk
     except EOFError:
         raise _damaged(piece, "gzip", "truncated: it ends too early") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
+    except (gzip.BadGzipFile, IsalError) as error:  # type: ignore[misc]
         raise _damaged(piece, "gzip", str(error)) from None
 
 

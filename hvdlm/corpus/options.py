@@ -14,9 +14,9 @@ from hvdlm.corpus.job import TOKENIZER_NAME, Keep
 from hvdlm.corpus.readers import ReadOptions
 from hvdlm.corpus.sources import InputFile, digest, find_inputs
 from hvdlm.data.shards import MAX_SHARD_TOKENS
-from hvdlm.text import TOKENIZERS
+from hvdlm.text import TOKENIZERS, from_sentencepiece, from_tiktoken
 from hvdlm.text import tokenizer as tokenizers
-from hvdlm.text.tokenizer import Tokenizer
+from hvdlm.text.tokenizer import Tokenizer, from_library
 
 MIN_SHARD_TOKENS = 16
 _ALL = 1 << 62  # Bad records that were allowed once are allowed again.
@@ -29,7 +29,8 @@ class Options:
     Attributes:
         out: folder of the data set.
         inputs: files, globs, folders; none = the demo corpus.
-        tokenizer: a key of `TOKENIZERS`, trained on the input, or the path of a tokenizer.json.
+        tokenizer: a key of `TOKENIZERS`, trained on the input; the path of a tokenizer.json or of a
+            sentencepiece .model; or tiktoken:NAME.
         vocab_size: tokens of a trained tokenizer; 0 = its default (demo corpus: 1024).
         eos: name of the token that ends a document; "" = by its usual names.
         read: how documents are read.
@@ -154,17 +155,27 @@ def _totals(files: Sequence[InputFile]) -> dict[str, Any]:
 
 
 def _given_tokenizer(options: Options) -> Tokenizer:
-    path = Path(options.tokenizer)
-    if not path.exists():
-        raise UserError(
-            f"--tokenizer {options.tokenizer}: no such file; needed {', '.join(TOKENIZERS)}, or the path "
-            "of a tokenizer.json"
-        )
-    given = tokenizers.load(path, eos=options.eos)
+    given = _load_tokenizer(options.tokenizer, options.eos)
     if options.vocab_size not in (0, given.vocab_size):
         raise UserError(
-            f"--vocab-size {options.vocab_size}: {path} has {given.vocab_size} tokens; leave the option out"
+            f"--vocab-size {options.vocab_size}: {options.tokenizer} has {given.vocab_size} tokens; "
+            "leave the option out"
         )
     # Found now rather than after hours.
     _ = given.eos_id
     return given
+
+
+def _load_tokenizer(name: str, eos: str) -> Tokenizer:
+    path = Path(name)
+    if name.startswith(from_tiktoken.PREFIX):
+        converted = from_tiktoken.build(name.removeprefix(from_tiktoken.PREFIX))
+        return from_library(converted, name=name, eos=eos)
+    if not path.exists():
+        raise UserError(
+            f"--tokenizer {name}: no such file; needed {', '.join(TOKENIZERS)}, tiktoken:NAME, or the path "
+            "of a tokenizer.json or of a sentencepiece .model"
+        )
+    if path.suffix == from_sentencepiece.SUFFIX:
+        return from_library(from_sentencepiece.build(path), name=name, eos=eos)
+    return tokenizers.load(path, eos=eos)

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from hvdlm.corpus.dedup import drops_of
 from hvdlm.corpus.documents import Kept, Rejects, kept_documents, split_of
 from hvdlm.corpus.job import Job, Report, Tally
+from hvdlm.text.fast import SAMPLE_CHARS
 
+_SAMPLED_TASKS = 16
 MAX_BYTES = 256 << 20
 """Text that a tokenizer is trained on at most; of a larger input, every task gives its first part."""
 
@@ -49,3 +51,21 @@ def unique_documents(job: Job, index: int) -> Iterator[Kept]:
 def share_bytes(tasks: int, total_bytes: int) -> int:
     """Bytes of text that each task gives at most: no limit where all the inputs are small together."""
     return MAX_BYTES if total_bytes <= MAX_BYTES else max(MAX_BYTES // tasks, 1)
+
+
+def sample_texts(job: Job, tasks: int) -> list[str]:
+    """Documents from all over the input, `SAMPLE_CHARS` of them or so, to compare encoders on.
+
+    Raises:
+        UserError: bad input.
+    """
+    chosen = range(0, tasks, -(-tasks // _SAMPLED_TASKS))
+    share, texts = SAMPLE_CHARS // len(chosen), list[str]()
+    for index in chosen:
+        left = share
+        for text, _ in unique_documents(job, index):
+            texts.append(text[:left])
+            left -= len(texts[-1])
+            if left <= 0:
+                break
+    return texts

@@ -18,6 +18,7 @@ import tokenizers
 
 from hvdlm.config import UserError
 from hvdlm.text import byte
+from hvdlm.text.gigatoken_encoder import GigatokenEncoder
 from hvdlm.text.pieces import PIECE_CHARS, cut, cut_inside
 
 KNOWN_EOS = (
@@ -39,23 +40,36 @@ class Tokenizer:
 
     Attributes:
         json_bytes: the `tokenizer.json`, verbatim.
+        name: what error messages call it.
+        eos: the name that was given for the token that ends a document, or "".
+        is_byte: whether ids are the UTF-8 bytes; then neither library is needed to encode.
+        added_names: the tokens that were added to the model's own.
         fingerprint: sha256 of `json_bytes`, in hexadecimal.
         vocab_size: the largest id, added tokens included, plus 1.
         dtype: uint16 if and only if every id fits, else uint32.
     """
 
-    def __init__(self, json_bytes: bytes, *, name: str = "tokenizer.json", eos: str = "") -> None:
+    def __init__(
+        self,
+        json_bytes: bytes,
+        *,
+        name: str = "tokenizer.json",
+        eos: str = "",
+        encoder: GigatokenEncoder | None = None,
+    ) -> None:
         """Args:
             json_bytes: the content of a `tokenizer.json`.
             name: what error messages call it.
             eos: the token that ends a document; "" = the first of `KNOWN_EOS` that it has.
+            encoder: encodes in place of the library; see `hvdlm.text.fast`.
 
         Raises:
             UserError: not a `tokenizer.json`, no token in it, or an `eos` that it does not have.
         """
         self.json_bytes = json_bytes
         self.fingerprint = hashlib.sha256(json_bytes).hexdigest()
-        self._name = name
+        self.name = name
+        self.eos = eos
         self._library = _parse(json_bytes, name)
         vocab = self._library.get_vocab(with_added_tokens=True)
         if not vocab:
@@ -63,11 +77,13 @@ class Tokenizer:
         self.vocab_size = max(vocab.values()) + 1
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         spec = json.loads(json_bytes)
-        self._is_byte = byte.is_byte(spec)
+        self.is_byte = byte.is_byte(spec)
         added = spec.get("added_tokens") or []
+        self.added_names = [token["content"] for token in added]
         self._specials = [token["content"] for token in added if token.get("special")]
         self._eos = self._find_eos(eos, vocab)
         self._guarded, self._guard = self._make_guard(spec, vocab)
+        self._encoder = encoder
 
     @property
     def eos_id(self) -> int:
@@ -79,7 +95,7 @@ class Tokenizer:
         if self._eos is None:
             found = ", ".join(self._specials[:12]) or "none"
             raise UserError(
-                f"{self._name}: no end-of-document token of a usual name ({' '.join(KNOWN_EOS)}); "
+                f"{self.name}: no end-of-document token of a usual name ({' '.join(KNOWN_EOS)}); "
                 f"name one with --eos; its special tokens: {found}"
             )
         return self._eos
@@ -93,13 +109,12 @@ class Tokenizer:
         Returns:
             One array of `dtype` [tokens] a text.
         """
-        if self._is_byte:
+        if self.is_byte:
             return [byte.encode(text) for text in texts]
         parts: list[list[np.ndarray]] = [[] for _ in texts]
         for group in _groups(texts):
-            encoded = self._library.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
-            for (index, piece), result in zip(group, encoded, strict=True):
-                ids = np.array(result.ids, dtype=self.dtype)
+            encoded = self._encode_pieces([piece for _, piece in group])
+            for (index, piece), ids in zip(group, encoded, strict=True):
                 parts[index].append(self._encode_plainly(piece) if self._guard[ids].any() else ids)
         return [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]
 
@@ -111,10 +126,25 @@ class Tokenizer:
         """
         return self._library.decode([int(id) for id in ids], skip_special_tokens=False)
 
+    def _encode_pieces(self, pieces: list[str]) -> list[np.ndarray]:
+        """Encode texts that are not too long, as they are."""
+        if self._encoder is None:
+            return self._encode_by_library(pieces)
+        fast = [self._encoder.encode(piece) for piece in pieces]
+        self._encoder.bound_memory()
+        return [
+            self._encode_by_library([piece])[0] if ids is None else ids.astype(self.dtype, copy=False)
+            for piece, ids in zip(pieces, fast, strict=True)
+        ]
+
+    def _encode_by_library(self, pieces: list[str]) -> list[np.ndarray]:
+        encoded = self._library.encode_batch_fast(pieces, add_special_tokens=False)
+        return [np.array(result.ids, dtype=self.dtype) for result in encoded]
+
     def _find_eos(self, eos: str, vocab: dict[str, int]) -> int | None:
         if eos and eos not in vocab:
             raise UserError(
-                f"--eos {eos}: {self._name} has no such token; its special tokens: "
+                f"--eos {eos}: {self.name} has no such token; its special tokens: "
                 f"{', '.join(self._specials[:12]) or 'none'}"
             )
         names = (eos,) if eos else KNOWN_EOS
@@ -140,11 +170,10 @@ class Tokenizer:
         itself, and eos may be an ordinary added token. Cutting inside the name prevents both.
         """
         pieces = cut_inside(text, self._guarded)
-        encoded = self._library.encode_batch_fast(pieces, add_special_tokens=False)
-        ids = np.concatenate([np.array(result.ids, dtype=self.dtype) for result in encoded])
+        ids = np.concatenate(self._encode_by_library(pieces))
         if self._eos is not None and (ids == self._eos).any():
             raise UserError(
-                f"{self._name}: encodes ordinary text as its end-of-document token {self._eos}; "
+                f"{self.name}: encodes ordinary text as its end-of-document token {self._eos}; "
                 "name another with --eos"
             )
         return ids
@@ -170,9 +199,9 @@ def load(path: Path, *, eos: str = "") -> Tokenizer:
     return Tokenizer(content, name=str(file), eos=eos)
 
 
-def from_library(library: tokenizers.Tokenizer) -> Tokenizer:
-    """Take over a tokenizer that was just built."""
-    return Tokenizer(library.to_str().encode())
+def from_library(library: tokenizers.Tokenizer, *, name: str = "tokenizer.json", eos: str = "") -> Tokenizer:
+    """Take over a tokenizer that was just built (see `Tokenizer`)."""
+    return Tokenizer(library.to_str().encode(), name=name, eos=eos)
 
 
 def _parse(json_bytes: bytes, name: str) -> tokenizers.Tokenizer:

@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import json
 from pathlib import Path
@@ -192,6 +193,12 @@ def test_truncated_and_damaged_archives(kind: str, kept: float, tmp_path: Path) 
     flipped[int(len(data) * kept) - 1] ^= 0x10
     path.write_bytes(flipped)
     assert failure(path)
+    for place in range(10 if kind == "gz" else 6, len(data) // 2, 97):
+        flipped = bytearray(data)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        with contextlib.suppress(UserError):
+            read(path)
     path.write_bytes(raw)
     assert "copy or download the file again" in failure(path)
 

@@ -21,11 +21,12 @@ import psutil
 import pytest
 
 from hvdlm.config import run_command
-from hvdlm.corpus import demo, existing, install, plan, stdlib
+from hvdlm.corpus import build, demo, existing, install, plan, stdlib
 from hvdlm.corpus.crew import alone
 from hvdlm.data.manifest import read_manifest
 from hvdlm.preprocess.__main__ import main
 from hvdlm.text import TOKENIZERS
+from hvdlm.text.gigatoken_encoder import GigatokenEncoder
 from hvdlm.text.tokenizer import from_library, load
 
 SPECIAL = [
@@ -116,6 +117,27 @@ def test_workers_do_not_show_and_the_seed_does(corpus: Path, tmp_path: Path) -> 
     assert all(shard.tokens <= 30_000 for shard in read_manifest(tmp_path / "one").shards)
     assert one["train-00000.h5"] != other["train-00000.h5"]
     assert sorted(decoded(tmp_path / "one", "val")) == sorted(decoded(tmp_path / "other", "val"))
+
+
+def test_the_fast_encoder_does_not_show(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--vocab-size", 300, "--workers", 1]
+    assert run(corpus, "--out", tmp_path / "reference", *arguments) == 0
+    used: list[str] = []
+    encode = GigatokenEncoder.encode
+    monkeypatch.setattr(
+        GigatokenEncoder, "encode", lambda self, text: used.append(text) or encode(self, text)
+    )
+    monkeypatch.setattr(build, "FAST_FROM_BYTES", 0)
+    assert run(corpus, "--out", tmp_path / "fast", *arguments) == 0
+    assert len(used) > 800
+    assert contents(tmp_path / "fast") == contents(tmp_path / "reference")
+    monkeypatch.setattr(GigatokenEncoder, "encode", lambda self, text: encode(self, f"{text}x"))
+    assert run(corpus, "--out", tmp_path / "wrong", *arguments) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "not the fast encoder" in line]
+    assert len(said) == 1
+    assert contents(tmp_path / "wrong") == contents(tmp_path / "reference")
 
 
 def test_a_document_longer_than_a_shard_is_cut(tmp_path: Path) -> None:
