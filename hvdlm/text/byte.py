@@ -76,6 +76,7 @@ def is_byte(spec: dict[str, Any]) -> bool:
     model, splitter = spec.get("model") or {}, spec.get("pre_tokenizer") or {}
     plain_model = model.get("type") == "BPE" and not (
         model.get("merges")
+        or model.get("ignore_merges")
         or model.get("dropout")
         or model.get("continuing_subword_prefix")
         or model.get("end_of_word_suffix")

@@ -73,6 +73,7 @@ def changed(key: str, value: Any) -> dict[str, Any]:
         changed("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "use_regex": False}),
         changed("pre_tokenizer", None),
         changed("model.merges", [["a", "b"]]),
+        changed("model.ignore_merges", True),
         changed("model.vocab", {**spec()["model"]["vocab"], "a": 98, "b": 97}),
         changed("model.vocab", {}),
         changed("model", None),

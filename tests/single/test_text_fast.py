@@ -66,6 +66,9 @@ def test_text_never_makes_a_special_token(reference: Tokenizer, chosen: Tokenize
     texts = ["a <|endoftext|>b<|endoftext|>", "<|endoftext|>"]
     assert_equal(reference, chosen, texts)
     assert not any((ids == chosen.eos_id).any() for ids in chosen.encode_batch(texts))
+    alone = GigatokenEncoder(chosen.json_bytes).encode(texts[0])
+    assert alone is not None
+    assert not (alone == chosen.eos_id).any()
 
 
 def test_long_texts_are_cut_by_the_same_rule(reference: Tokenizer, chosen: Tokenizer) -> None:

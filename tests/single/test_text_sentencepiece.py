@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from hvdlm.config import UserError
 from hvdlm.text import from_sentencepiece
@@ -79,16 +80,23 @@ def test_text_spells_neither_control_pieces_nor_bytes(kind: str, tmp_path: Path)
         assert not np.isin(ids, [1, 2]).any()
 
 
+def test_the_cut_in_a_name_spares_the_pieces_before_it(tmp_path: Path) -> None:
+    path = model(tmp_path / "m.model", "unigram")
+    spec: Any = sentencepiece_model_pb2.ModelProto()
+    spec.ParseFromString(path.read_bytes())
+    spec.pieces.add(piece="\u2581<", score=-0.5)
+    path.write_bytes(spec.SerializeToString())
+    built = assert_equal(path)
+    assert built.encode_batch(["<s>"])[0][0] == len(spec.pieces) - 1
+
+
 def test_a_charsmap_is_taken_over(tmp_path: Path) -> None:
     rules = tmp_path / "rules.tsv"
-    rules.write_text("".join(f"{ord(a):X}\t{ord(b):X}\n" for a, b in ["\t ", "\u3000 ", "\u2019'"]))
-    path = model(tmp_path / "m.model", "bpe", normalization_rule_tsv=str(rules), normalization_rule_name="")
-    try:
-        built = from_library(from_sentencepiece.build(path))
-    except UserError as error:
-        assert "differ for" in str(error)
-        return
-    assert built.encode_batch(["a\u3000b\tc"])[0].tolist() == built.encode_batch(["a b c"])[0].tolist()
+    rules.write_text("9\t20\nA\t20\n")
+    options = {"normalization_rule_tsv": str(rules), "normalization_rule_name": "", "byte_fallback": False}
+    built = assert_equal(model(tmp_path / "m.model", "bpe", vocab_size=90, **options))
+    ids = [found.tolist() for found in built.encode_batch(["the cat sat", "the\tcat\n sat"])]
+    assert ids[0] == ids[1]
 
 
 @pytest.mark.parametrize(

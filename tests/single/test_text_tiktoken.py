@@ -107,6 +107,16 @@ def test_an_unknown_name_a_failed_download_and_no_package(
         from_tiktoken.build(OFFLINE)
 
 
+def test_a_token_that_is_no_merge_is_a_whole_word_alone() -> None:
+    ranks = {bytes([b]): b for b in range(256)} | {b"xyz": 256}
+    encoding = tiktoken.Encoding(
+        "odd", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={"</s>": 300}
+    )
+    [whole, part] = from_library(from_tiktoken.convert(encoding)).encode_batch(["xyz", "xyza"])
+    assert whole.tolist() == encoding.encode_ordinary("xyz") == [256]
+    assert part.tolist() == encoding.encode_ordinary("xyza") == list(b"xyza")
+
+
 def test_merges_of_a_token_that_no_two_make_are_all_there_are() -> None:
     ranks = {b"a": 0, b"b": 1, b"c": 2, b"abc": 3, b"ab": 4, b"bc": 5}
     assert derive(ranks) == [(b"a", b"bc"), (b"ab", b"c"), (b"a", b"b"), (b"b", b"c")]
