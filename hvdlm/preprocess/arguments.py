@@ -101,8 +101,8 @@ def _add_tokenizer(parser: argparse.ArgumentParser, default: Options) -> None:
         "--tokenizer",
         default=default.tokenizer,
         metavar="NAME|PATH",
-        help=f"{', '.join(TOKENIZERS)} (bpe and word are trained on the input); tiktoken:NAME; or the path of "
-        "a tokenizer.json or of a sentencepiece .model; default: %(default)s",
+        help=f"{', '.join(TOKENIZERS)} (bpe and word are trained on the input); tiktoken:NAME; or the path "
+        "of a tokenizer.json or of a sentencepiece .model; default: %(default)s",
     )
     group.add_argument(
         "--vocab-size",
