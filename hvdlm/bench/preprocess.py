@@ -7,8 +7,6 @@ tokens, both trained on it. With the fast encoder installed everything is measur
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import statistics
 import tempfile
 import time
@@ -25,6 +23,7 @@ from hvdlm.corpus import stdlib
 from hvdlm.corpus.encode import encode_task
 from hvdlm.corpus.job import TOKENIZER_NAME, Job
 from hvdlm.corpus.plan import Piece, Task
+from hvdlm.corpus.pool import one_thread
 from hvdlm.text import bpe, fast
 from hvdlm.text.tokenizer import Tokenizer, from_library
 
@@ -62,7 +61,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     results = []
     for vocab_size in VOCAB_SIZES:
         reference = from_library(bpe.build(texts, vocab_size))
-        with tempfile.TemporaryDirectory() as folder, _one_thread():
+        with tempfile.TemporaryDirectory() as folder, one_thread():
             choice = fast.check(reference, texts)
             ways = _ways(task, texts, reference, choice, Path(folder))
             rounds = [{way.name: _seconds(way) for way in ways} for _ in range(args.rounds + 1)][1:]
@@ -151,17 +150,3 @@ def _summary(rounds: Sequence[dict[str, float]], text_mb: float) -> dict[str, An
         },
         "times_hugging_face": {name: times(name, "hugging_face") for name in names},
     }
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep Hugging Face's library to one thread; it looks at every call."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before

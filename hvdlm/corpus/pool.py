@@ -90,7 +90,7 @@ class Team:
         if self._size <= 1:
             index = self._work.claim(stage, count)
             if index is not None:
-                with _one_thread():
+                with one_thread():
                     self._finish(stage, index, step(index, self._job, self._report))
             return index is not None
         self._hand_out(stage, step, count)
@@ -160,7 +160,7 @@ def _death(worker: _Worker) -> UserError:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Keep the tokenizer to one thread: processes are the parallelism. It looks at every call."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
@@ -180,7 +180,7 @@ def _serve(pipe: Connection, job: Job) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # A closed pipe means that the parent is gone.
-    with _one_thread(), contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    with one_thread(), contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             while True:
                 step, index = pipe.recv()
