@@ -99,7 +99,7 @@ class ParallelConfig:
     fusion_mb: int = 64
     """Horovod's tensor-fusion buffer in MiB."""
     cycle_ms: float = 0.0
-    """Horovod's cycle time in ms; 0 = 1 with a GPU, 2 on a CPU."""
+    """Horovod's cycle time in ms; 0 = 1 with a GPU, 2 on a CPU, 100 for one process alone."""
     stall_timeout_s: int = 600
     """A collective that some rank does not join for so long ends the job; 0 = never."""
 

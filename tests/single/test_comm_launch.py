@@ -78,6 +78,12 @@ def test_crowded_ranks_yield_and_take_one_thread() -> None:
     assert "OMP_NUM_THREADS" not in settings(Launch("single"), cores=2)
 
 
+def test_an_idle_horovod_does_not_wake_all_the_time() -> None:
+    assert settings(Launch("single"), cores=2)["HOROVOD_CYCLE_TIME"] == "100"
+    assert settings(Launch("mpi", 0, 2, 0, 2), cores=2)["HOROVOD_CYCLE_TIME"] == "2"
+    assert settings(Launch("mpi", 0, 2, 0, 2), cores=2, gpus=2)["HOROVOD_CYCLE_TIME"] == "1"
+
+
 def test_what_the_user_has_set_stays() -> None:
     env = {"OMP_NUM_THREADS": "7", "HOROVOD_CYCLE_TIME": "9"}
     assert not env.keys() & settings(Launch("mpi", 0, 4, 0, 4), cores=2, env=env).keys()
