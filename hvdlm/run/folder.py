@@ -60,10 +60,10 @@ class Start:
 
 
 def open_run(run_folder: Path, *, resume: str, config: dict[str, Any], fingerprints: dict[str, str]) -> Start:
-    """Decide how a run starts, and mark its folder as running; for rank 0.
+    """Decide how a run starts; for rank 0.
 
     Args:
-        run_folder: created where missing.
+        run_folder: exists.
         resume: 'auto', 'never', or the path of a checkpoint that begins the run while it has none.
         config: every knob under its dotted name.
         fingerprints: `data` and `tokenizer` of this run.
@@ -96,7 +96,6 @@ def open_run(run_folder: Path, *, resume: str, config: dict[str, Any], fingerpri
             saved.state.get("skipped_in_a_row", 0),
             saved.state.get("parent", "") if is_own else str(Path(resume).resolve()),
         )
-    _make(run_folder)
     return start
 
 
@@ -143,7 +142,12 @@ def _compare(
     return [f"{k} was {old.get(k)}, is {config.get(k)}" for k in changed if k in _SCHEDULE_KEYS]
 
 
-def _make(run_folder: Path) -> None:
+def make(run_folder: Path) -> None:
+    """Create the folder of a run.
+
+    Raises:
+        UserError: it cannot be created.
+    """
     try:
         (run_folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:

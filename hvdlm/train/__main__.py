@@ -72,6 +72,7 @@ def _run(config: RunConfig, run_folder: Path, ranks: World, *, job_end_unix: flo
         agreed = agree_on_start(config, run_folder, ranks, job_end_unix=job_end_unix)
         if agreed.start.step >= total_steps(config):
             exit_code = _say_finished(run_folder, agreed.start, ranks)
+            agreed.close()
         else:
             attempt = agreed.start.attempt
             crash.end_job_on_thread_errors(ranks, run_folder, attempt)

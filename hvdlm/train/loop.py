@@ -102,6 +102,7 @@ def _save(s: Session, step: int, skipped_in_a_row: int) -> None:
         "versions": {"hvdlm": __version__, "torch": torch.__version__},
     }
     checkpoints = s.run_folder / folder.CHECKPOINTS
+    s.ranks.on_root(s.check_lease, name="save.lease")
     checkpoint.save(checkpoints, s.strategy.pieces(), s.ranks, state=state, files=s.agreed.carried)
     if s.reports:
         checkpoint.prune(checkpoints, keep_last=s.config.checkpoint.keep_last)

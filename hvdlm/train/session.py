@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hvdlm.comm import device
-from hvdlm.comm.world import World
+from hvdlm.comm.world import AgreedError, World
 from hvdlm.config import RunConfig, UserError, total_steps
 from hvdlm.config.parse import keys, to_toml
 from hvdlm.data.files import cure, write_atomic
@@ -22,7 +22,8 @@ from hvdlm.models import MODELS, pad_vocab
 from hvdlm.models.llama import load_hf_
 from hvdlm.parallel import STRATEGIES, Strategy
 from hvdlm.run import exit_record, restore, stop
-from hvdlm.run.folder import Start, open_run
+from hvdlm.run.folder import Start, make, open_run
+from hvdlm.run.lease import Lease
 from hvdlm.run.ledger import Ledger
 from hvdlm.run.metrics import Metrics
 from hvdlm.train.headline import headline, sizes
@@ -33,13 +34,19 @@ class Agreed:
     """What all ranks know before they build anything.
 
     `carried` are the small files that every checkpoint takes along, by name. `job_end_unix` is when
-    the job ends, in seconds since 1970; 0 where it has no end.
+    the job ends, in seconds since 1970; 0 where it has no end. Only rank 0 has the `lease`.
     """
 
     start: Start
     manifest: Manifest
     carried: dict[str, bytes]
     job_end_unix: float
+    lease: Lease | None
+
+    def close(self) -> None:
+        """Give the run folder free."""
+        if self.lease:
+            self.lease.release()
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,15 @@ class Session:
         """What the run consumes: a resume with other data or another tokenizer is refused."""
         return _fingerprints(self.agreed.manifest)
 
+    def check_lease(self) -> None:
+        """On rank 0: is the run still this start's?
+
+        Raises:
+            UserError: another start took over.
+        """
+        if self.agreed.lease:
+            self.agreed.lease.check()
+
     def close(self) -> None:
         """End the threads and close the files."""
         self.loader.close()
@@ -78,6 +94,7 @@ class Session:
         if self.reports:
             self.reports.ledger.close()
             self.reports.metrics.close()
+        self.agreed.close()
         self.watch.close()
 
 
@@ -90,9 +107,12 @@ def agree_on_start(config: RunConfig, run_folder: Path, ranks: World, *, job_end
     Collective: yes.
     """
     data_folder = Path(config.data.path)
+    leases: list[Lease] = []
 
     def read() -> dict[str, Any]:
         manifest = read_manifest(data_folder)
+        make(run_folder)
+        leases.append(Lease(run_folder))
         start = open_run(
             run_folder,
             resume=config.checkpoint.resume,
@@ -107,13 +127,19 @@ def agree_on_start(config: RunConfig, run_folder: Path, ranks: World, *, job_end
             "job_end_unix": job_end_unix,
         }
 
-    agreed = ranks.on_root(read, name="start.agree")
+    try:
+        agreed = ranks.on_root(read, name="start.agree")
+    except AgreedError:
+        for lease in leases:
+            lease.release()
+        raise
     carried = {"config.toml": to_toml(config).encode(), "tokenizer.json": agreed["tokenizer"].encode()}
     return Agreed(
         Start.from_json(agreed["start"]),
         Manifest.from_json(agreed["manifest"]),
         carried,
         agreed["job_end_unix"],
+        leases[0] if leases else None,
     )
 
 

@@ -120,3 +120,19 @@ def test_stop_before_the_end_of_the_slurm_job(tiny_data: Path, tmp_path: Path) -
     done = helpers.run(helpers.train_command(tiny_data, run_folder, *STEPS), env=past)
     assert done.returncode == 75, done.stdout
     assert helpers.exit_record(run_folder)["reason"] == "the job's time is nearly over"
+
+
+def test_a_second_start_on_the_folder_leaves_the_first_alone(tiny_data: Path, tmp_path: Path) -> None:
+    run_folder = tmp_path / "run"
+    endless = ("--train.steps", "100000", "--eval.every", "0", "--log.every", "1000")
+    command = helpers.train_command(tiny_data, run_folder, *endless)
+    with helpers.started(command, {}) as process:
+        helpers.wait_for_step(run_folder, 15)
+        second = helpers.run([*helpers.mpirun(2), *command])
+        assert "is being trained by another start" in second.stdout
+        assert helpers.exit_record(run_folder) | {"state": "running", "attempt": 1} == helpers.exit_record(
+            run_folder
+        )
+        (run_folder / "STOP").touch()
+        assert process.wait(timeout=60) == 75
+    assert not (run_folder / "alive.json").exists()
