@@ -51,7 +51,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         flags = ["--train.steps", str(steps), "--train.out", folder, "--eval.batches", "0"]
         config, _ = load_config([*flags, "--checkpoint.every", "0"], prog="bench step")
-        demo.prepare(Path(config.data.path))
+        for data_folder in config.data.weights:
+            demo.prepare(Path(data_folder))
         alone = launch.Launch("single")
         settings = launch.process_settings(
             alone, config.parallel, env=os.environ, cores=len(os.sched_getaffinity(0)), gpus=0
@@ -126,7 +127,7 @@ class BareLoop:
 def _run(config: RunConfig, run_folder: Path, ranks: world.World, block_steps: int) -> Pacer:
     agreed = agree_on_start(config, run_folder, ranks)
     session = open_session(config, run_folder, ranks, agreed)
-    bare = BareLoop(build_model(config, agreed.manifest, ranks, resumed=False), config)
+    bare = BareLoop(build_model(config, agreed.tokenizer, ranks, resumed=False), config)
     pacer = Pacer(session.loader, bare, block_steps)
     train(replace(session, loader=cast(Loader, pacer)))
     return pacer
