@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from hvdlm.config.check import BLOCK_SAMPLES
+from hvdlm.data.locality import Chunks, permute_near
 from hvdlm.data.order import SLOTS, permute, shuffle, shuffle_keys
 
 
@@ -38,7 +39,12 @@ ALONE = Blend((1,), (0,))
 
 
 def windows_of_samples(
-    samples: np.ndarray, counts: Sequence[int], *, seed: int, blend: Blend = ALONE
+    samples: np.ndarray,
+    counts: Sequence[int],
+    *,
+    seed: int,
+    blend: Blend = ALONE,
+    chunks: Chunks | None = None,
 ) -> np.ndarray:
     """The window of each global sample, numbered through all sources.
 
@@ -47,17 +53,26 @@ def windows_of_samples(
         counts: Windows of each source, at least 1.
         seed: Any integer.
         blend: Of as many sources.
+        chunks: Within which groups of chunks samples are shuffled; None = over everything.
 
     Returns:
         int64 [k], each in 0..sum(counts)-1.
     """
     sources, draws = draws_of_samples(samples, blend, seed=seed)
-    if len(counts) == 1:
-        return permute(draws % counts[0], counts[0], seed=seed, epochs=draws // counts[0])
-    ends = np.cumsum(np.array(counts, np.int64))
-    n = np.diff(ends, prepend=0)[sources]
-    epochs, positions = np.divmod(draws, n)
-    return ends[sources] - n + permute(positions, n, seed=seed, epochs=epochs)
+    n: int | np.ndarray = counts[0]
+    if len(counts) > 1:
+        n = np.array(counts, np.int64)[sources]
+    epochs, positions = draws // n, draws % n
+    if chunks:
+        windows = permute_near(positions, n, chunks, seed=seed, epochs=epochs)
+    else:
+        windows = permute(positions, n, seed=seed, epochs=epochs)
+    return windows if len(counts) == 1 else windows + first_of(counts)[sources]
+
+
+def first_of(counts: Sequence[int]) -> np.ndarray:
+    """The first window of each source, int64, where they are numbered one after the other."""
+    return np.cumsum(np.array([0, *counts[:-1]], np.int64))
 
 
 def draws_of_samples(samples: np.ndarray, blend: Blend, *, seed: int) -> tuple[np.ndarray, np.ndarray]:

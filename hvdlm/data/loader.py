@@ -12,8 +12,10 @@ import torch
 from hvdlm.config import UserError
 from hvdlm.data.blend import ALONE, Blend, windows_of_samples
 from hvdlm.data.files import check_file
+from hvdlm.data.locality import chunks_within
 from hvdlm.data.order import first_windows, locate, permute, share_of, slot_seed, step_samples
 from hvdlm.data.prefetch import Prefetcher
+from hvdlm.data.readahead import ReadAhead
 from hvdlm.data.sources import Source, no_window, shards_of, tokens_of, window_counts
 from hvdlm.data.windows import Recycler, WindowReader
 
@@ -30,12 +32,13 @@ Place: TypeAlias = tuple[int, list[list[int]], list[list[int]]]
 @dataclass(frozen=True)
 class BatchPlan:
     """What a step consists of: samples of `seq_len` tokens, `global_batch` of them in micro-slots of
-    `micro_batch`, in the order of `seed`."""
+    `micro_batch`, in the order of `seed`, shuffled within `shuffle_mb` MiB (0 = over everything)."""
 
     seq_len: int
     global_batch: int
     micro_batch: int
     seed: int
+    shuffle_mb: int = 0
 
     @property
     def slots(self) -> int:
@@ -102,6 +105,8 @@ class Loader:
         self._slots = share_of(plan.slots, share)
         self._counts = window_counts(sources, split, plan.seq_len)
         self._first = first_windows(tokens_of(sources, split), plan.seq_len)
+        token_bytes = np.dtype(sources[0].manifest.tokenizer.token_dtype).itemsize
+        self._chunks = chunks_within(plan.shuffle_mb, plan.seq_len * token_bytes)
         self._prefetch_steps = prefetch_steps
         self._prefetcher: Prefetcher[StepBatch] | None = None
         for folder, entry in shards_of(sources, split)[share[0] :: share[1]]:
@@ -145,8 +150,13 @@ class Loader:
         )
         shape = (len(self._slots), plan.micro_batch, plan.seq_len + 1)
         recycler = Recycler(shape, limit=self._prefetch_steps + 2)
+        ahead = self._chunks and ReadAhead(
+            reader, self._counts, self._first, chunks=self._chunks, seq_len=plan.seq_len
+        )
         try:
             for place in self._places(first_step, stride):
+                if ahead:
+                    ahead.announce(*place[1:])
                 yield self._batch(place[0], self._read_slots(reader, recycler.take(), place))
         finally:
             reader.close()
@@ -169,7 +179,9 @@ class Loader:
         for block_step in _count(first_step, stride * steps_a_block):
             steps = block_step + stride * np.arange(steps_a_block)
             samples = ((steps - 1)[:, None] * plan.global_batch + share).reshape(-1)
-            windows = windows_of_samples(samples, self._counts, seed=plan.seed, blend=self._blend)
+            windows = windows_of_samples(
+                samples, self._counts, seed=plan.seed, blend=self._blend, chunks=self._chunks
+            )
             shape = (steps_a_block, len(self._slots), plan.micro_batch)
             shards, firsts = (a.reshape(shape) for a in locate(windows, self._first, plan.seq_len))
             for k, step in enumerate(steps.tolist()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -70,6 +71,18 @@ class WindowReader:
             labels[row, count - 1 :] = IGNORED_LABEL
         # Slicing is numpy's: torch takes ten times as long.
         return {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
+
+    def will_need(self, shard: int, first: int, tokens: int) -> None:
+        """Tell the kernel that so many tokens of a shard will be read.
+
+        Raises:
+            UserError: The file is missing, or of another size.
+        """
+        offset, size = self._extents[shard][0], self._dtype.itemsize
+        descriptor = self._files.get(shard)
+        # A file system without such hints is read as it is.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, offset + first * size, tokens * size, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Close the files."""

@@ -175,7 +175,9 @@ def _open_run(config: RunConfig, run_folder: Path, sources: list[Source]) -> Sta
 def batch_plan(config: RunConfig) -> BatchPlan:
     """What a step consists of."""
     train = config.train
-    return BatchPlan(config.data.seq_len, train.global_batch, train.micro_batch, train.seed)
+    return BatchPlan(
+        config.data.seq_len, train.global_batch, train.micro_batch, train.seed, config.data.shuffle_mb
+    )
 
 
 def _mark_running(run_folder: Path, agreed: Agreed) -> None:

@@ -206,7 +206,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
         (
             {},
             {"sources": (StageSource("b", "e" * 64, 1),)},
-            r"other data: b \(fingerprint e{12}\) is new, a \(fingerprint d{12}\) is gone; put data.path back",
+            r"other data: b \(fingerprint e{12}\) is new, a \(fingerprint d{12}\) is gone; put",
         ),
         ({}, {"tokenizer": "e" * 64}, "another tokenizer"),
     ],
