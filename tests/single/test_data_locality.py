@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from data_sets import make_data_set
 
 from hvdlm.data.blend import windows_of_samples
 from hvdlm.data.loader import BatchPlan, Loader
 from hvdlm.data.locality import Chunks, chunks_within, permute_near, unpermute_near
+from hvdlm.data.order import first_windows, locate
 from hvdlm.data.sources import Source
 
 EPOCH_3 = np.array([3])
@@ -99,18 +101,25 @@ def test_any_number_of_ranks_draws_the_same_samples() -> None:
             assert (windows_of_samples(part, counts, seed=1, chunks=chunks) == whole[part]).all()
 
 
-def test_each_chunk_is_announced_once_an_epoch_and_only_in_this_mode(
+def test_the_loader_follows_and_announces_each_chunk_once_and_only_in_this_mode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hvdlm.data.locality.CHUNK_BYTES", 16 * 2 * 32)
-    manifest, _ = make_data_set(tmp_path, {"train-00000": 200_000, "train-00001": 77_777})
+    manifest, ids = make_data_set(tmp_path, {"train-00000": 200_000, "train-00001": 77_777})
     hints: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, offset, size, advice: hints.append((offset, size)))
     for shuffle_mb in (0, 1):
         plan = BatchPlan(16, 8, 8, seed=1, shuffle_mb=shuffle_mb)
         loader = Loader([Source(tmp_path, manifest)], "train", plan=plan, share=(0, 1), prefetch_steps=0)
         steps = loader.windows[0] // 8
-        list(islice(loader.steps(0), steps + 1))
+        batches = list(islice(loader.steps(0), steps + 1))
+        order = windows_of_samples(
+            np.arange(80), loader.windows, seed=1, chunks=Chunks(32, 1024) if shuffle_mb else None
+        )
+        shards, starts = locate(order, first_windows(np.array([200_000, 77_777]), 16), 16)
+        read = torch.cat([slot.batch["tokens"] for batch in batches[:10] for slot in batch.slots])
+        for row, shard, start in zip(read.tolist(), shards.tolist(), starts.tolist(), strict=True):
+            assert row == ids[f"train-{shard:05}.h5"][start : start + 16].tolist()
         assert len(hints) == shuffle_mb * (-(-loader.windows[0] // 32) + 1)  # One chunk lies in two shards.
     # Windows overlap by a token; the tail of a shard is no window.
     assert sum(size for _, size in hints) == 2 * (loader.windows[0] * 16 + len(hints))

@@ -194,6 +194,17 @@ def test_the_background_verifier_reports_the_first_problem_with_a_cure(data: tup
     )
 
 
+def test_the_background_verifier_goes_through_all_sources(
+    data: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    manifest, _ = make_data_set(other, {"train-00000": 5000})
+    flip_bit(other / "train-00000.h5", manifest.shards[0].extents.tokens.offset)
+    verifier = BackgroundVerifier([Source(*data), Source(other, manifest)], share=(0, 1))
+    wait_for(verifier)
+    assert (verifier.problem() or "").startswith(f"{other}/train-00000.h5: block 0: ")
+
+
 def test_a_slow_background_verifier_closes_at_once(data: tuple[Path, Manifest]) -> None:
     verifier = BackgroundVerifier([Source(*data)], share=(0, 1), bytes_per_s=1.0)
     started = time.monotonic()

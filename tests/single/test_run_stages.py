@@ -77,6 +77,13 @@ def test_draws_are_carried_over_stages_by_fingerprint() -> None:
     assert sum(drawn_before(stages, 6000, seed=SEED).values()) == 6000
 
 
+def test_a_folder_becomes_a_blend() -> None:
+    stages = proceed((Stage(0, (A,)),), weighted(A, 2), weighted(B, 1), sample=5001)
+    assert [source.drawn for source in stages[-1].sources] == [5001, 0]
+    stages = proceed(stages, B, sample=6000)
+    assert stages[-1].sources[0].drawn == drawn_before(stages, 6000, seed=SEED)["b" * 64] > 300
+
+
 def test_stages_survive_json_and_older_checkpoints_mean_one() -> None:
     stages = proceed(BEGUN, C, sample=100)
     state = json.loads(json.dumps({"stages": [asdict(stage) for stage in stages]}))
