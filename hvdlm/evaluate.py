@@ -19,7 +19,8 @@ from hvdlm.comm.world import AgreedError, World
 from hvdlm.config import EXIT_DONE, ParallelConfig, UserError, run_command
 from hvdlm.data.entries import SPLITS
 from hvdlm.data.loader import BatchPlan, evaluation_batches
-from hvdlm.data.manifest import Manifest, read_manifest
+from hvdlm.data.manifest import Manifest
+from hvdlm.data.sources import Source, read_sources
 from hvdlm.parallel.strategy import evaluate
 from hvdlm.run import crash
 from hvdlm.run.evaluation import mean_loss
@@ -64,13 +65,14 @@ def _evaluate(args: argparse.Namespace, ranks: World) -> dict[str, object]:
     # Each for itself, the ranks of a run that still trains would open different ones.
     chosen = ranks.on_root(lambda: str(open_checkpoint(Path(args.run)).folder), name="evaluate.checkpoint")
     trained = open_trained(reopen(Path(chosen)), args.device, local_rank=ranks.local_rank)
-    data_folder, train = Path(args.data_path or trained.data.path), trained.train
-    manifest = Manifest.from_json(
-        ranks.on_root(lambda: _read_fitting(data_folder, trained).to_json(), name="evaluate.manifest")
+    folders, train = [args.data_path] if args.data_path else list(trained.data.weights), trained.train
+    texts = ranks.on_root(
+        lambda: [source.manifest.to_json() for source in _read_fitting(folders, trained)],
+        name="evaluate.manifests",
     )
+    sources = [Source(Path(f), Manifest.from_json(text)) for f, text in zip(folders, texts, strict=True)]
     batches = evaluation_batches(
-        data_folder,
-        manifest,
+        sources,
         args.split,
         plan=BatchPlan(trained.data.seq_len, train.global_batch, train.micro_batch, train.seed),
         share=(ranks.rank, ranks.size),
@@ -80,11 +82,12 @@ def _evaluate(args: argparse.Namespace, ranks: World) -> dict[str, object]:
     loss, tokens = mean_loss(lambda b: evaluate(trained.model, b, precision=precision), batches, ranks)
     if ranks.is_root:
         print(
-            f"{trained.checkpoint.folder}: {args.split} split of {data_folder}, "
-            f"{manifest.documents(args.split):,} documents",
+            f"{trained.checkpoint.folder}: {args.split} split of {', '.join(folders)}, "
+            f"{sum(source.manifest.documents(args.split) for source in sources):,} documents",
             flush=True,
         )
-    return report(loss, tokens, text_bytes=manifest.text_bytes(args.split), step=trained.checkpoint.step)
+    text_bytes = sum(source.manifest.text_bytes(args.split) for source in sources)
+    return report(loss, tokens, text_bytes=text_bytes, step=trained.checkpoint.step)
 
 
 def report(loss: float, tokens: int, *, text_bytes: int, step: int) -> dict[str, object]:
@@ -109,15 +112,16 @@ def report(loss: float, tokens: int, *, text_bytes: int, step: int) -> dict[str,
     }
 
 
-def _read_fitting(data_folder: Path, trained: Trained) -> Manifest:
-    manifest = read_manifest(data_folder)
+def _read_fitting(folders: list[str], trained: Trained) -> list[Source]:
+    sources = read_sources(folders)
+    found = sources[0].manifest.tokenizer.sha256
     wanted = trained.checkpoint.state["fingerprints"]["tokenizer"]
-    if manifest.tokenizer.sha256 != wanted:
+    if found != wanted:
         raise UserError(
-            f"{data_folder}: was made with tokenizer {manifest.tokenizer.sha256[:12]}, the run was trained "
-            f"with {wanted[:12]}; preprocess again with --tokenizer {trained.checkpoint.tokenizer_path}"
+            f"{folders[0]}: was made with tokenizer {found[:12]}, the run was trained with {wanted[:12]}; "
+            f"preprocess again with --tokenizer {trained.checkpoint.tokenizer_path}"
         )
-    return manifest
+    return sources
 
 
 def _parser() -> argparse.ArgumentParser:

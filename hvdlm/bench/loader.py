@@ -26,8 +26,9 @@ import torch
 
 from hvdlm.bench import readers
 from hvdlm.data.entries import TokenizerInfo
-from hvdlm.data.manifest import read_manifest, write_manifest
+from hvdlm.data.manifest import write_manifest
 from hvdlm.data.shards import write_shard
+from hvdlm.data.sources import read_sources
 from hvdlm.data.verify import BackgroundVerifier
 
 _VOCAB_SIZE, _EOS = 50257, 50256
@@ -153,7 +154,7 @@ def _time_a_slice(source: Iterator[Any], folder: Path, slice_s: float) -> float:
 
 def _time_verifying(source: Iterator[Any], folder: Path, slice_s: float) -> float:
     """The same while a thread verifies the data set, which lasts longer than the slice."""
-    verifier = BackgroundVerifier(folder, read_manifest(folder), share=(0, 1))
+    verifier = BackgroundVerifier(read_sources([str(folder)]), share=(0, 1))
     try:
         return _time_a_slice(source, folder, slice_s)
     finally:

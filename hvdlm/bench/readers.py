@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from hvdlm.data.loader import BatchPlan, Loader
-from hvdlm.data.manifest import read_manifest
+from hvdlm.data.sources import read_sources
 from hvdlm.data.through_hdf5 import Hdf5Windows
 
 SEQ_LEN = 2048
@@ -31,9 +31,8 @@ Reader = Callable[[Path], Iterator[Any]]
 def hvdlm_loader(folder: Path, *, prefetch_steps: int = 0) -> Iterator[Any]:
     """This project's loader: order, look-up, checks; in this thread, or read ahead by its own."""
     plan = BatchPlan(SEQ_LEN, BATCH, BATCH, seed=0)
-    loader = Loader(
-        folder, read_manifest(folder), "train", plan=plan, share=(0, 1), prefetch_steps=prefetch_steps
-    )
+    sources = read_sources([str(folder)])
+    loader = Loader(sources, "train", plan=plan, share=(0, 1), prefetch_steps=prefetch_steps)
     try:
         for batch in loader.steps(0):
             yield batch.slots[0].batch

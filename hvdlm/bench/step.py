@@ -53,7 +53,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         flags = ["--train.steps", str(steps), "--train.out", folder, "--eval.batches", "0"]
         config, _ = load_config([*flags, "--checkpoint.every", "0"], prog="bench step")
-        demo.prepare(Path(config.data.path))
+        for data_folder in config.data.weights:
+            demo.prepare(Path(data_folder))
         alone = launch.Launch("single")
         settings = launch.process_settings(
             alone, config.parallel, env=os.environ, cores=len(os.sched_getaffinity(0)), gpus=0
@@ -111,7 +112,7 @@ class Pacer:
 def _run(config: RunConfig, run_folder: Path, ranks: world.World, block_steps: int) -> Pacer:
     agreed = agree_on_start(config, run_folder, ranks)
     session = open_session(config, run_folder, ranks, agreed)
-    vocab_size = agreed.manifest.tokenizer.vocab_size
+    vocab_size = agreed.tokenizer.vocab_size
     steps = _steps(session.loader, block_steps)
     with bare_loop(config.model, config.optim, vocab_size=vocab_size, steps=steps) as bare:
         pacer = Pacer(session.loader, bare, block_steps)

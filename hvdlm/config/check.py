@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from hvdlm.config.errors import UserError
-from hvdlm.config.knobs import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from hvdlm.config.knobs import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 
 
 def check(config: RunConfig) -> RunConfig:
@@ -18,8 +18,7 @@ def check(config: RunConfig) -> RunConfig:
     _check_model(config.model)
     _check_train(config.train)
     _check_optim(config.optim)
-    _require(config.data.seq_len >= 2, f"data.seq_len {config.data.seq_len} must be at least 2")
-    _require(config.data.prefetch >= 0, f"data.prefetch {config.data.prefetch} must not be negative")
+    _check_data(config.data)
     _require(
         config.checkpoint.keep_last >= 2,
         f"checkpoint.keep_last {config.checkpoint.keep_last} must be at least 2",
@@ -31,7 +30,12 @@ def check(config: RunConfig) -> RunConfig:
     return config
 
 
+BLOCK_SAMPLES = 4096
+"""Samples within which the weights of a blend are kept: each source has one at least."""
+
 _NOT_NEGATIVE = (
+    "data.prefetch",
+    "data.shuffle_mb",
     "model.mlp_width",
     "train.stop_margin_s",
     "optim.weight_decay",
@@ -70,6 +74,36 @@ def _check_model(model: ModelConfig) -> None:
         f"model.heads {model.heads} is not a multiple of model.kv_heads {kv_heads}",
     )
     _require(0 <= model.dropout < 1, f"model.dropout {model.dropout} must lie in [0, 1)")
+
+
+def _check_data(data: DataConfig) -> None:
+    _require(data.seq_len >= 2, f"data.seq_len {data.seq_len} must be at least 2")
+    _check_weights(data)
+    limits = data.max_epochs if isinstance(data.max_epochs, dict) else {"": data.max_epochs}
+    for folder, limit in limits.items():
+        of = f" of {folder}" if folder else ""
+        _require(limit >= 0, f"data.max_epochs {limit}{of} must be 0 (no limit) or more")
+        _require(
+            not folder or folder in data.weights,
+            f"data.max_epochs names {folder}, which is not in data.path; it has {', '.join(data.weights)}",
+        )
+
+
+def _check_weights(data: DataConfig) -> None:
+    _require(
+        not (isinstance(data.path, str) and data.path.lstrip().startswith(("{", "["))),
+        f"data.path {data.path} is no table of folders with whole weights; write "
+        """'{"data/code": 3, "data/prose": 1}'""",
+    )
+    _require(bool(data.weights), "data.path is an empty table; name at least one folder")
+    total = sum(data.weights.values())
+    for folder, weight in data.weights.items():
+        _require(weight >= 1, f"data.path: weight {weight} of {folder} must be at least 1; or leave it out")
+        _require(
+            weight * BLOCK_SAMPLES >= total and total < 2**31,
+            f"data.path: weight {weight} of {folder} in a total of {total}: it must be at least one in "
+            f"{BLOCK_SAMPLES}, and the total below 2^31; use smaller numbers, or leave it out",
+        )
 
 
 def _check_train(train: TrainConfig) -> None:

@@ -38,14 +38,29 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str = "data/demo"
-    """Folder of HDF5 shards written by hvdlm.preprocess."""
+    path: str | dict[str, int] = "data/demo"
+    """Folder of HDF5 shards written by hvdlm.preprocess, or a blend: a table of folders with weights."""
     seq_len: int = 1024
     """Tokens a sample (T); a window of T+1 tokens is read."""
+    max_epochs: int | dict[str, int] = 0
+    """Refuse a run that would read a source more often: for all, or a table of folders; 0 = no limit."""
+    new_stage: bool = False
+    """Let a run go on with another blend: from its checkpoint on, each source where it was left."""
+    shuffle_mb: int = 0
+    """MiB of tokens within which samples are shuffled, for slow random reads; 0 = over the whole split."""
     prefetch: int = 4
     """Steps read ahead by the loader's threads; 0 = no threads, a step is read when it is due."""
     verify: Literal["background", "before", "off"] = "background"
     """When each rank checks its share of the shards' block digests."""
+
+    @property
+    def weights(self) -> dict[str, int]:
+        """The weight of each source by its folder; one folder is a blend of one source."""
+        return {self.path: 1} if isinstance(self.path, str) else self.path
+
+    def epoch_limit(self, folder: str) -> int:
+        """How often a source may be read; 0 = no limit."""
+        return self.max_epochs if isinstance(self.max_epochs, int) else self.max_epochs.get(folder, 0)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,11 @@ def _one_line(message: str) -> str:
     """jsonargparse's message on one line, with the nearest key where a key is unknown."""
     text = re.sub(r"\s+", " ", message).strip()
     text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("a typing.Literal", "one of ")
+    text = re.sub(
+        r"Does not validate against .* Subtypes: \[(.*?\]?)\] Errors: .* Given value: ?",
+        lambda found: f"Expected {found[1].replace(', dict', ' or dict')}. Got value: ",
+        text,
+    )
     text = text.replace("a int.", "an int.")
     unknown = re.search(
         r"unrecognized arguments: --([\w.]+)"

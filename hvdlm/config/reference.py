@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import types
 import typing
 from collections.abc import Iterator
 
@@ -42,12 +43,12 @@ def to_markdown() -> str:
     lines = [_HEAD]
     for section in dataclasses.fields(RunConfig):
         kind = type(getattr(RunConfig(), section.name))
-        types = typing.get_type_hints(kind)
+        hints = typing.get_type_hints(kind)
         lines += ["", f"## {section.name}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
         for knob in dataclasses.fields(kind):
             cells = (
                 f"`{section.name}.{knob.name}`",
-                _type_name(types[knob.name]),
+                _type_name(hints[knob.name]),
                 f"`{json.dumps(knob.default)}`",
                 meanings[kind.__name__, knob.name],
             )
@@ -68,4 +69,8 @@ def _type_name(kind: typing.Any) -> str:
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
+    if typing.get_origin(kind) is types.UnionType:
+        return " or ".join(_type_name(choice) for choice in arguments)
+    if typing.get_origin(kind) is dict:
+        return f"table of {arguments[1].__name__}"
     return f"{len(arguments)} {arguments[0].__name__}s" if arguments else kind.__name__

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias, final
 
 import numpy as np
 import torch
 
 from hvdlm.config import UserError
+from hvdlm.data.blend import ALONE, Blend, windows_of_samples
 from hvdlm.data.files import check_file
-from hvdlm.data.manifest import Manifest
-from hvdlm.data.order import (
-    first_windows,
-    locate,
-    permute,
-    share_of,
-    slot_seed,
-    step_samples,
-    windows_of_samples,
-)
+from hvdlm.data.locality import chunks_within
+from hvdlm.data.order import first_windows, locate, permute, share_of, slot_seed, step_samples
 from hvdlm.data.prefetch import Prefetcher
+from hvdlm.data.readahead import ReadAhead
+from hvdlm.data.sources import Source, no_window, shards_of, tokens_of, window_counts
 from hvdlm.data.windows import Recycler, WindowReader
 
 MAX_OPEN_FILES = 256
@@ -38,12 +32,13 @@ Place: TypeAlias = tuple[int, list[list[int]], list[list[int]]]
 @dataclass(frozen=True)
 class BatchPlan:
     """What a step consists of: samples of `seq_len` tokens, `global_batch` of them in micro-slots of
-    `micro_batch`, in the order of `seed`."""
+    `micro_batch`, in the order of `seed`, shuffled within `shuffle_mb` MiB (0 = over everything)."""
 
     seq_len: int
     global_batch: int
     micro_batch: int
     seed: int
+    shuffle_mb: int = 0
 
     @property
     def slots(self) -> int:
@@ -78,25 +73,25 @@ class Loader:
     """Batches of one split for data coordinate d of D.
 
     Args:
-        folder: The data set.
-        manifest: Its manifest.
+        sources: The data sets, of one tokenizer.
         split: "train" or "val".
+        blend: How samples are drawn from the sources; samples before its first are none of this loader's.
         plan: Equal on all ranks.
         share: (d, D), from the mesh; the ranks of one d read the same.
         prefetch_steps: Steps kept ready by threads; 0 = no thread, a step is read when it is asked for.
 
     Raises:
-        UserError: The split has no sample, the batches do not divide, or one of this share's shards
+        UserError: A source's split has no sample, the batches do not divide, or one of this share's shards
             is missing or of another size (each shard is checked by one d at the start, and by
             everybody who opens it).
     """
 
     def __init__(
         self,
-        folder: Path,
-        manifest: Manifest,
+        sources: Sequence[Source],
         split: str,
         *,
+        blend: Blend = ALONE,
         plan: BatchPlan,
         share: tuple[int, int],
         prefetch_steps: int,
@@ -106,20 +101,21 @@ class Loader:
                 f"train.global_batch is {plan.global_batch}, needs a multiple of train.micro_batch "
                 f"({plan.micro_batch}); change one of them"
             )
-        self._folder, self._manifest, self._split, self._plan = folder, manifest, split, plan
+        self._sources, self._split, self._blend, self._plan = sources, split, blend, plan
         self._slots = share_of(plan.slots, share)
-        self._first = first_windows(_shard_tokens(manifest, split), plan.seq_len)
+        self._counts = window_counts(sources, split, plan.seq_len)
+        self._first = first_windows(tokens_of(sources, split), plan.seq_len)
+        token_bytes = np.dtype(sources[0].manifest.tokenizer.token_dtype).itemsize
+        self._chunks = chunks_within(plan.shuffle_mb, plan.seq_len * token_bytes)
         self._prefetch_steps = prefetch_steps
         self._prefetcher: Prefetcher[StepBatch] | None = None
-        if not self.windows:
-            raise UserError(_no_window(folder, manifest, split, plan.seq_len))
-        for entry in manifest.split(split)[share[0] :: share[1]]:
+        for folder, entry in shards_of(sources, split)[share[0] :: share[1]]:
             check_file(folder / entry.name, entry.file_bytes)
 
     @property
-    def windows(self) -> int:
-        """Samples an epoch."""
-        return int(self._first[-1])
+    def windows(self) -> list[int]:
+        """Samples an epoch of each source."""
+        return self._counts
 
     def steps(self, start_step: int) -> Iterator[StepBatch]:
         """The steps after `start_step` completed ones, for ever; ends an earlier iteration.
@@ -150,12 +146,17 @@ class Loader:
         """One thread's steps: every `stride`-th from `first_step`."""
         plan = self._plan
         reader = WindowReader(
-            self._folder, self._manifest, self._split, seq_len=plan.seq_len, max_open=MAX_OPEN_FILES // stride
+            self._sources, self._split, seq_len=plan.seq_len, max_open=MAX_OPEN_FILES // stride
         )
         shape = (len(self._slots), plan.micro_batch, plan.seq_len + 1)
         recycler = Recycler(shape, limit=self._prefetch_steps + 2)
+        ahead = self._chunks and ReadAhead(
+            reader, self._counts, self._first, chunks=self._chunks, seq_len=plan.seq_len
+        )
         try:
             for place in self._places(first_step, stride):
+                if ahead:
+                    ahead.announce(*place[1:])
                 yield self._batch(place[0], self._read_slots(reader, recycler.take(), place))
         finally:
             reader.close()
@@ -178,7 +179,9 @@ class Loader:
         for block_step in _count(first_step, stride * steps_a_block):
             steps = block_step + stride * np.arange(steps_a_block)
             samples = ((steps - 1)[:, None] * plan.global_batch + share).reshape(-1)
-            windows = windows_of_samples(samples, self.windows, seed=plan.seed)
+            windows = windows_of_samples(
+                samples, self._counts, seed=plan.seed, blend=self._blend, chunks=self._chunks
+            )
             shape = (steps_a_block, len(self._slots), plan.micro_batch)
             shards, firsts = (a.reshape(shape) for a in locate(windows, self._first, plan.seq_len))
             for k, step in enumerate(steps.tolist()):
@@ -190,8 +193,7 @@ class Loader:
 
 
 def evaluation_batches(
-    folder: Path,
-    manifest: Manifest,
+    sources: Sequence[Source],
     split: str,
     *,
     plan: BatchPlan,
@@ -201,8 +203,7 @@ def evaluation_batches(
     """Each sample of a fixed set once, on exactly one data coordinate.
 
     Args:
-        folder: The data set.
-        manifest: Its manifest.
+        sources: The data sets, of one tokenizer, whose windows are numbered one after the other.
         split: "train" or "val".
         plan: Its micro-batches; the last of a share may have fewer samples. Its seed has no part.
         share: (d, D).
@@ -217,14 +218,14 @@ def evaluation_batches(
         UserError: At the first step: the split has no sample; later: as `WindowReader.read`.
     """
     seq_len, limit_samples = plan.seq_len, limit_batches * plan.global_batch
-    tokens = _shard_tokens(manifest, split)
+    tokens = tokens_of(sources, split)
     # One token less than a full window past each end gives the short last window a number too.
     first = first_windows(tokens if limit_samples else tokens + (seq_len - 1) * (tokens > 0), seq_len)
     n = int(first[-1])
     if not n:
-        raise UserError(_no_window(folder, manifest, split, seq_len if limit_samples else 1))
+        raise UserError(no_window(sources, split, seq_len if limit_samples else 1))
     own = share_of(min(n, limit_samples) if limit_samples else n, share)
-    reader = WindowReader(folder, manifest, split, seq_len=seq_len, max_open=MAX_OPEN_FILES)
+    reader = WindowReader(sources, split, seq_len=seq_len, max_open=MAX_OPEN_FILES)
     try:
         for start in range(own.start, own.stop, plan.micro_batch):
             windows = np.arange(start, min(start + plan.micro_batch, own.stop))
@@ -240,15 +241,3 @@ def _count(start: int, stride: int) -> Iterator[int]:
     while True:
         yield start
         start += stride
-
-
-def _shard_tokens(manifest: Manifest, split: str) -> np.ndarray:
-    return np.array([entry.tokens for entry in manifest.split(split)], dtype=np.int64)
-
-
-def _no_window(folder: Path, manifest: Manifest, split: str, seq_len: int) -> str:
-    longest = max((entry.tokens for entry in manifest.split(split)), default=0)
-    return (
-        f"{folder}: split {split!r} has no sample: its longest shard has {longest} tokens, a sample needs "
-        f"{seq_len + 1}; preprocess more text or lower data.seq_len"
-    )

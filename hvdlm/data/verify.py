@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -17,6 +17,7 @@ from hvdlm.data.extents import read_block, read_whole
 from hvdlm.data.files import cure, open_checked
 from hvdlm.data.manifest import Manifest
 from hvdlm.data.order import share_of
+from hvdlm.data.sources import Source
 
 BACKGROUND_BYTES_PER_S = 128e6
 """Reading speed of a background verification: a few percent of one core."""
@@ -85,19 +86,17 @@ def verify_blocks(
 
 @final
 class BackgroundVerifier:
-    """Runs `verify_blocks` once in a thread; the training loop asks for the outcome.
+    """Runs `verify_blocks` over all sources once in a thread; the training loop asks for the outcome.
 
     Args:
-        folder: The data set.
-        manifest: Its manifest.
+        sources: The data sets.
         share: (rank, ranks): everybody checks other blocks.
         bytes_per_s: Reads no faster.
     """
 
     def __init__(
         self,
-        folder: Path,
-        manifest: Manifest,
+        sources: Sequence[Source],
         *,
         share: tuple[int, int],
         bytes_per_s: float = BACKGROUND_BYTES_PER_S,
@@ -105,7 +104,7 @@ class BackgroundVerifier:
         self._stop = threading.Event()
         self._problem: str | None = None
         self._thread = threading.Thread(
-            target=self._run, args=(folder, manifest, share, bytes_per_s), name="verify", daemon=True
+            target=self._run, args=(sources, share, bytes_per_s), name="verify", daemon=True
         )
         self._thread.start()
 
@@ -122,15 +121,17 @@ class BackgroundVerifier:
         self._stop.set()
         self._thread.join(timeout=5.0)
 
-    def _run(self, folder: Path, manifest: Manifest, share: tuple[int, int], bytes_per_s: float) -> None:
-        try:
-            for problem in verify_blocks(
-                folder, manifest, share=share, bytes_per_s=bytes_per_s, stop=self._stop
-            ):
-                self._problem = f"{folder / problem.file}: {problem.detail}; {cure(folder)}"
+    def _run(self, sources: Sequence[Source], share: tuple[int, int], bytes_per_s: float) -> None:
+        for folder, manifest in ((source.folder, source.manifest) for source in sources):
+            try:
+                for problem in verify_blocks(
+                    folder, manifest, share=share, bytes_per_s=bytes_per_s, stop=self._stop
+                ):
+                    self._problem = f"{folder / problem.file}: {problem.detail}; {cure(folder)}"
+                    return
+            except Exception as error:
+                self._problem = f"{folder}: verification failed: {error!r}"
                 return
-        except Exception as error:
-            self._problem = f"{folder}: verification failed: {error!r}"
 
 
 @final

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import final
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from hvdlm.config import UserError
 from hvdlm.data.files import OpenFiles, cure, read_exactly, refuse_read
-from hvdlm.data.manifest import Manifest
+from hvdlm.data.sources import Source, shards_of
 
 IGNORED_LABEL = -100
 """A label that no loss counts; torch's cross entropy ignores it by default."""
@@ -24,21 +24,21 @@ class WindowReader:
     """Reads windows of the shards of one split; for one thread.
 
     Args:
-        folder: The data set.
-        manifest: Its manifest.
+        sources: The data sets, of one tokenizer.
         split: "train" or "val".
         seq_len: T; a full window has T + 1 tokens.
         max_open: Files kept open at a time.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, split: str, *, seq_len: int, max_open: int) -> None:
-        entries = manifest.split(split)
-        self._paths = [folder / entry.name for entry in entries]
-        self._extents = [(entry.extents.tokens.offset, entry.tokens) for entry in entries]
-        sizes = [entry.file_bytes for entry in entries]
+    def __init__(self, sources: Sequence[Source], split: str, *, seq_len: int, max_open: int) -> None:
+        shards = shards_of(sources, split)
+        self._paths = [folder / entry.name for folder, entry in shards]
+        self._extents = [(entry.extents.tokens.offset, entry.tokens) for _, entry in shards]
+        sizes = [entry.file_bytes for _, entry in shards]
         self._files = OpenFiles(list(zip(self._paths, sizes, strict=True)), limit=max_open)
-        self._vocab_size = manifest.tokenizer.vocab_size
-        self._dtype = np.dtype(manifest.tokenizer.token_dtype)
+        tokenizer = sources[0].manifest.tokenizer
+        self._vocab_size = tokenizer.vocab_size
+        self._dtype = np.dtype(tokenizer.token_dtype)
         self._seq_len = seq_len
         self._raw = np.empty((0, seq_len + 1), self._dtype)
         self._rows: list[memoryview] = []
@@ -49,7 +49,7 @@ class WindowReader:
         """Read a batch of m windows, full or cut short by the end of their shard.
 
         Args:
-            shards: m indices into the split's shards.
+            shards: m indices into the split's shards, through all sources.
             firsts: m first tokens.
             out: int64 [m, T + 1] to be filled and shared with the result; None = fresh memory.
 
@@ -71,6 +71,18 @@ class WindowReader:
             labels[row, count - 1 :] = IGNORED_LABEL
         # Slicing is numpy's: torch takes ten times as long.
         return {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
+
+    def will_need(self, shard: int, first: int, tokens: int) -> None:
+        """Tell the kernel that so many tokens of a shard will be read.
+
+        Raises:
+            UserError: The file is missing, or of another size.
+        """
+        offset, size = self._extents[shard][0], self._dtype.itemsize
+        descriptor = self._files.get(shard)
+        # A file system without such hints is read as it is.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, offset + first * size, tokens * size, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Close the files."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hvdlm.config import UserError
+from hvdlm.config import RunConfig, UserError
+from hvdlm.config.parse import keys
 from hvdlm.run import exit_record, ledger, restore
+from hvdlm.run.stages import Stage, StageSource, go_on, saved_stages
 
 CHECKPOINTS = "checkpoints"
 
 # What may change when a run goes on; anything else would make it another run. data.path may move
-# because the data set's fingerprint is compared instead.
+# because the fingerprints of the data sets are compared instead.
 _FREE_SECTIONS = ("parallel", "log", "eval", "checkpoint")
 _FREE_KEYS = {
     "train.steps",
@@ -23,6 +26,8 @@ _FREE_KEYS = {
     "train.device",
     "train.stop_margin_s",
     "data.path",
+    "data.max_epochs",
+    "data.new_stage",
     "data.prefetch",
     "data.verify",
 }
@@ -38,6 +43,7 @@ class Start:
         checkpoint: folder to load, or '' for a new run.
         step: completed steps in it.
         notes: lines for the user.
+        stages: what it draws from, and drew from before.
         skipped_in_a_row: steps before this one that updated nothing.
         parent: the PATH of checkpoint.resume that the run began from, or ''.
     """
@@ -46,6 +52,7 @@ class Start:
     checkpoint: str
     step: int
     notes: list[str]
+    stages: tuple[Stage, ...]
     skipped_in_a_row: int = 0
     parent: str = ""
 
@@ -56,17 +63,27 @@ class Start:
     @staticmethod
     def from_json(text: str) -> Start:
         """What `to_json` returned."""
-        return Start(**json.loads(text))
+        record = json.loads(text)
+        stages = tuple(Stage.from_record(stage) for stage in record["stages"])
+        return Start(**record | {"stages": stages})
 
 
-def open_run(run_folder: Path, *, resume: str, config: dict[str, Any], fingerprints: dict[str, str]) -> Start:
+def open_run(
+    run_folder: Path,
+    *,
+    resume: str,
+    config: dict[str, Any],
+    tokenizer: str,
+    sources: tuple[StageSource, ...],
+) -> Start:
     """Decide how a run starts; for rank 0.
 
     Args:
-        run_folder: exists.
+        run_folder: may be missing.
         resume: 'auto', 'never', or the path of a checkpoint that begins the run while it has none.
         config: every knob under its dotted name.
-        fingerprints: `data` and `tokenizer` of this run.
+        tokenizer: sha256 of this run's.
+        sources: what it is to draw from.
 
     Returns:
         The attempt's number and what to load.
@@ -83,20 +100,52 @@ def open_run(run_folder: Path, *, resume: str, config: dict[str, Any], fingerpri
             "or delete it"
         )
     folder, notes = _choose(checkpoints, resume)
-    start = Start(attempt, "", 0, notes)
-    if folder is not None:
-        saved = restore.reopen(folder)
-        notes += _compare(folder, saved.state, config, fingerprints)
-        is_own = folder.parent == checkpoints
-        start = Start(
-            attempt,
-            str(folder),
-            saved.step,
-            notes,
-            saved.state.get("skipped_in_a_row", 0),
-            saved.state.get("parent", "") if is_own else str(Path(resume).resolve()),
-        )
-    return start
+    if folder is None:
+        return Start(attempt, "", 0, notes, (Stage(0, sources),))
+    saved = restore.reopen(folder)
+    notes += _compare(folder, saved.state, config, tokenizer)
+    stages = go_on(
+        saved_stages(saved.state),
+        sources,
+        where=folder,
+        sample=saved.state["samples"],
+        seed=config["train.seed"],
+        new_stage=config["data.new_stage"],
+    )
+    if stages[-1].first_sample == saved.state["samples"]:
+        drawn = ", ".join(f"{s.path} weight {s.weight}, drawn {s.drawn:,} times" for s in stages[-1].sources)
+        notes.append(f"stage {len(stages)} begins at sample {stages[-1].first_sample:,}: {drawn}")
+    is_own = folder.parent == checkpoints
+    return Start(
+        attempt,
+        str(folder),
+        saved.step,
+        notes,
+        stages,
+        saved.state.get("skipped_in_a_row", 0),
+        saved.state.get("parent", "") if is_own else str(Path(resume).resolve()),
+    )
+
+
+def discard_empty(run_folder: Path) -> None:
+    """Take a run's folder away where there is nothing in it: the run never began."""
+    for folder in (run_folder / CHECKPOINTS, run_folder):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def make_folder(run_folder: Path) -> None:
+    """Create a run's folder where it is missing; for rank 0.
+
+    Raises:
+        UserError: the file system refuses.
+    """
+    try:
+        (run_folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{run_folder}: cannot be created: {error.strerror}; choose another train.out"
+        ) from error
 
 
 def _choose(checkpoints: Path, resume: str) -> tuple[Path | None, list[str]]:
@@ -119,18 +168,17 @@ def _choose(checkpoints: Path, resume: str) -> tuple[Path | None, list[str]]:
     return own, notes
 
 
-def _compare(
-    folder: Path, state: dict[str, Any], config: dict[str, Any], fingerprints: dict[str, str]
-) -> list[str]:
-    """Notes on what changed; an error for what must not."""
-    for kind, found in fingerprints.items():
-        if state["fingerprints"][kind] != found:
-            raise UserError(
-                f"{folder}: was trained on another {kind} (fingerprint {state['fingerprints'][kind][:12]}, "
-                f"found {found[:12]}); give data.path the data set it began with, or another train.out"
-            )
+def _compare(folder: Path, state: dict[str, Any], config: dict[str, Any], tokenizer: str) -> list[str]:
+    """Notes on what changed; an error for what must not. The stages are compared elsewhere."""
+    if state["fingerprints"]["tokenizer"] != tokenizer:
+        raise UserError(
+            f"{folder}: was trained on another tokenizer ({state['fingerprints']['tokenizer'][:12]}, found "
+            f"{tokenizer[:12]}); give data.path the data it began with, or another train.out"
+        )
     config = json.loads(json.dumps(config))
-    old = state["config"]
+    # A knob that is younger than the checkpoint had its default.
+    defaults = {key: value for key, value in keys(RunConfig()).items() if key in config}
+    old = json.loads(json.dumps(defaults)) | state["config"]
     changed = [key for key in sorted(old.keys() | config.keys()) if old.get(key) != config.get(key)]
     frozen = [k for k in changed if k.partition(".")[0] not in _FREE_SECTIONS and k not in _FREE_KEYS]
     if frozen:
@@ -140,17 +188,3 @@ def _compare(
             "put it back, or choose another train.out"
         )
     return [f"{k} was {old.get(k)}, is {config.get(k)}" for k in changed if k in _SCHEDULE_KEYS]
-
-
-def make(run_folder: Path) -> None:
-    """Create the folder of a run.
-
-    Raises:
-        UserError: it cannot be created.
-    """
-    try:
-        (run_folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{run_folder}: cannot be created: {error.strerror}; choose another train.out"
-        ) from error

@@ -48,9 +48,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _prepare_demo(config: RunConfig, recipe: str, here: launch.Launch) -> None:
     """Shard the demo corpus where the demo recipe lacks it: before MPI starts, as it takes processes."""
-    own = recipe == DEFAULT_RECIPE and config.data.path == DataConfig().path
-    if own and here.rank == 0 and not (Path(config.data.path) / "manifest.json").exists():
-        demo.prepare(Path(config.data.path))
+    (data_folder,) = DataConfig().weights
+    own = recipe == DEFAULT_RECIPE and config.data.path == data_folder
+    if own and here.rank == 0 and not (Path(data_folder) / "manifest.json").exists():
+        demo.prepare(Path(data_folder))
 
 
 def _job_end_unix() -> float:

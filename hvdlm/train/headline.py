@@ -9,8 +9,9 @@ from torch import nn
 from hvdlm import __version__
 from hvdlm.comm.world import World
 from hvdlm.config import RunConfig, total_steps
-from hvdlm.data.manifest import Manifest
+from hvdlm.data.sources import Source
 from hvdlm.run.folder import Start
+from hvdlm.run.stages import drawn_before
 
 
 def headline(
@@ -29,17 +30,33 @@ def headline(
     ]
 
 
-def sizes(config: RunConfig, manifest: Manifest, *, windows: int, ranks: World) -> list[str]:
-    """How much data there is, how much of it the run takes, and whether the ranks share it evenly."""
+def sizes(
+    config: RunConfig, sources: list[Source], start: Start, *, windows: list[int], ranks: World
+) -> list[str]:
+    """How much data there is, how much of it the run takes, and whether the ranks share it evenly.
+
+    Args:
+        config: of the run.
+        sources: what it reads.
+        start: of this attempt.
+        windows: samples an epoch of each source.
+        ranks: of the run.
+    """
     train, steps = config.train, total_steps(config)
-    slots = train.global_batch // train.micro_batch
+    slots, stage = train.global_batch // train.micro_batch, start.stages[-1]
+    drawn = drawn_before(start.stages, steps * train.global_batch, seed=train.seed)
+    total = sum(s.weight for s in stage.sources)
     lines = [
-        f"data {config.data.path}: {manifest.tokens('train'):,} training tokens in "
-        f"{len(manifest.split('train'))} shard(s), {windows:,} samples of {config.data.seq_len}",
-        f"{steps} steps of {train.global_batch} samples in {slots} micro-batches: "
-        f"{steps * train.global_batch * config.data.seq_len:,} tokens, "
-        f"{steps * train.global_batch / windows:.2f} epochs",
+        f"data {source.folder}: {source.manifest.tokens('train'):,} training tokens in "
+        f"{len(source.manifest.split('train'))} shard(s), {n:,} samples of {config.data.seq_len}, "
+        + (f"weight {part.weight} of {total}, " if len(sources) > 1 else "")
+        + f"{drawn[part.fingerprint] / n:.2f} epochs"
+        for source, part, n in zip(sources, stage.sources, windows, strict=True)
     ]
+    lines.append(
+        f"{steps} steps of {train.global_batch} samples in {slots} micro-batches: "
+        f"{steps * train.global_batch * config.data.seq_len:,} tokens"
+    )
     if slots % ranks.size:
         lines.append(
             f"warning: {slots} micro-batches do not divide over {ranks.size} ranks, so some wait for others; "

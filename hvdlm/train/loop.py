@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import asdict
 
 import torch
 
@@ -72,8 +72,7 @@ def _validate(s: Session, step: int) -> None:
     if not s.config.eval.batches:
         return
     samples = evaluation_batches(
-        Path(s.config.data.path),
-        s.agreed.manifest,
+        s.agreed.sources,
         "val",
         plan=batch_plan(s.config),
         share=(s.ranks.rank, s.ranks.size),
@@ -97,8 +96,9 @@ def _save(s: Session, step: int, skipped_in_a_row: int) -> None:
         "attempt": s.agreed.start.attempt,
         "world_size": s.ranks.size,
         "config": keys(s.config),
-        "fingerprints": s.fingerprints,
-        "eos_id": s.agreed.manifest.tokenizer.eos_id,
+        "fingerprints": {"tokenizer": s.agreed.tokenizer.sha256},
+        "stages": [asdict(stage) for stage in s.agreed.start.stages],
+        "eos_id": s.agreed.tokenizer.eos_id,
         "versions": {"hvdlm": __version__, "torch": torch.__version__},
     }
     checkpoints = s.run_folder / folder.CHECKPOINTS

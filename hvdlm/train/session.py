@@ -15,17 +15,19 @@ from hvdlm.config import RunConfig, UserError, total_steps
 from hvdlm.config.parse import keys, to_toml
 from hvdlm.data.files import cure, write_atomic
 from hvdlm.data.loader import BatchPlan, Loader
-from hvdlm.data.manifest import Manifest, read_manifest, read_tokenizer
+from hvdlm.data.manifest import Manifest, TokenizerInfo, read_tokenizer
 from hvdlm.data.order import share_of
+from hvdlm.data.sources import Source, read_sources, window_counts
 from hvdlm.data.verify import BackgroundVerifier, verify_blocks
 from hvdlm.models import MODELS, pad_vocab
 from hvdlm.models.llama import load_hf_
 from hvdlm.parallel import STRATEGIES, Strategy
 from hvdlm.run import exit_record, restore, stop
-from hvdlm.run.folder import Start, make, open_run
+from hvdlm.run.folder import Start, discard_empty, make_folder, open_run
 from hvdlm.run.lease import Lease
 from hvdlm.run.ledger import Ledger
 from hvdlm.run.metrics import Metrics
+from hvdlm.run.stages import StageSource, check_epochs
 from hvdlm.train.headline import headline, sizes
 
 
@@ -38,7 +40,7 @@ class Agreed:
     """
 
     start: Start
-    manifest: Manifest
+    sources: list[Source]
     carried: dict[str, bytes]
     job_end_unix: float
     lease: Lease | None
@@ -47,6 +49,11 @@ class Agreed:
         """Give the run folder free."""
         if self.lease:
             self.lease.release()
+
+    @property
+    def tokenizer(self) -> TokenizerInfo:
+        """That of every source."""
+        return self.sources[0].manifest.tokenizer
 
 
 @dataclass(frozen=True)
@@ -72,11 +79,6 @@ class Session:
     verifier: BackgroundVerifier | None
     reports: Reports | None
 
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """What the run consumes: a resume with other data or another tokenizer is refused."""
-        return _fingerprints(self.agreed.manifest)
-
     def check_lease(self) -> None:
         """On rank 0: is the run still this start's?
 
@@ -99,31 +101,26 @@ class Session:
 
 
 def agree_on_start(config: RunConfig, run_folder: Path, ranks: World, *, job_end_unix: float = 0.0) -> Agreed:
-    """Read the manifest and the run folder on rank 0, and tell all ranks what it knows.
+    """Read the manifests and the run folder on rank 0, and tell all ranks what it knows.
 
     Raises:
-        AgreedError: the data set is missing or damaged, or the run cannot go on so.
+        AgreedError: a data set is missing or damaged, or would be read too often, or the run cannot
+            go on so.
 
     Collective: yes.
     """
-    data_folder = Path(config.data.path)
     leases: list[Lease] = []
 
     def read() -> dict[str, Any]:
-        manifest = read_manifest(data_folder)
-        make(run_folder)
+        sources = read_sources(config.data.weights)
+        first = sources[0]
+        make_folder(run_folder)
         leases.append(Lease(run_folder))
-        start = open_run(
-            run_folder,
-            resume=config.checkpoint.resume,
-            config=keys(config),
-            fingerprints=_fingerprints(manifest),
-        )
-        tokenizer = read_tokenizer(data_folder, manifest.tokenizer).decode()
+        start = _open_run(config, run_folder, sources)
         return {
-            "manifest": manifest.to_json(),
+            "sources": [(str(source.folder), source.manifest.to_json()) for source in sources],
             "start": start.to_json(),
-            "tokenizer": tokenizer,
+            "tokenizer": read_tokenizer(first.folder, first.manifest.tokenizer).decode(),
             "job_end_unix": job_end_unix,
         }
 
@@ -132,11 +129,13 @@ def agree_on_start(config: RunConfig, run_folder: Path, ranks: World, *, job_end
     except AgreedError:
         for lease in leases:
             lease.release()
+            discard_empty(run_folder)
         raise
     carried = {"config.toml": to_toml(config).encode(), "tokenizer.json": agreed["tokenizer"].encode()}
+    sources = [Source(Path(folder), Manifest.from_json(text)) for folder, text in agreed["sources"]]
     return Agreed(
         Start.from_json(agreed["start"]),
-        Manifest.from_json(agreed["manifest"]),
+        sources,
         carried,
         agreed["job_end_unix"],
         leases[0] if leases else None,
@@ -151,7 +150,7 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
 
     Collective: yes.
     """
-    start, manifest = agreed.start, agreed.manifest
+    start = agreed.start
     if ranks.is_root:
         _mark_running(run_folder, agreed)
     ranks.barrier(name="session.folder")
@@ -161,9 +160,9 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
         watch_file=ranks.is_root,
         deadline_unix=stop.deadline(agreed.job_end_unix, config.train.stop_margin_s),
     )
-    loader = _open_loader(config, manifest, ranks)
-    verifier = _verify(config, manifest, ranks)
-    model = build_model(config, manifest, ranks, resumed=bool(start.checkpoint))
+    loader = _open_loader(config, agreed, ranks)
+    verifier = _verify(config, agreed.sources, ranks)
+    model = build_model(config, agreed.tokenizer, ranks, resumed=bool(start.checkpoint))
     strategy = _build_strategy(config, model, ranks)
     if start.checkpoint:
         strategy.load(restore.reopen(Path(start.checkpoint)).read)
@@ -174,21 +173,42 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
         reports = _open_reports(config, run_folder, start, ranks=ranks, model=model)
         for line in headline(config, run_folder, start, ranks=ranks, model=model):
             reports.metrics.say(line)
-        for line in sizes(config, manifest, windows=loader.windows, ranks=ranks):
+        for line in sizes(config, agreed.sources, start, windows=loader.windows, ranks=ranks):
             reports.metrics.say(line)
     return Session(
         config, total_steps(config), run_folder, agreed, ranks, loader, strategy, watch, verifier, reports
     )
 
 
-def _fingerprints(manifest: Manifest) -> dict[str, str]:
-    return {"data": manifest.fingerprint, "tokenizer": manifest.tokenizer.sha256}
+def _open_run(config: RunConfig, run_folder: Path, sources: list[Source]) -> Start:
+    """How the run starts, once it is known that no source will be read too often."""
+    start = open_run(
+        run_folder,
+        resume=config.checkpoint.resume,
+        config=keys(config),
+        tokenizer=sources[0].manifest.tokenizer.sha256,
+        sources=tuple(
+            StageSource(folder, source.manifest.fingerprint, weight)
+            for (folder, weight), source in zip(config.data.weights.items(), sources, strict=True)
+        ),
+    )
+    limits = [config.data.epoch_limit(folder) for folder in config.data.weights]
+    check_epochs(
+        start.stages,
+        list(zip(window_counts(sources, "train", config.data.seq_len), limits, strict=True)),
+        steps=total_steps(config),
+        global_batch=config.train.global_batch,
+        seed=config.train.seed,
+    )
+    return start
 
 
 def batch_plan(config: RunConfig) -> BatchPlan:
     """What a step consists of."""
     train = config.train
-    return BatchPlan(config.data.seq_len, train.global_batch, train.micro_batch, train.seed)
+    return BatchPlan(
+        config.data.seq_len, train.global_batch, train.micro_batch, train.seed, config.data.shuffle_mb
+    )
 
 
 def _mark_running(run_folder: Path, agreed: Agreed) -> None:
@@ -197,34 +217,35 @@ def _mark_running(run_folder: Path, agreed: Agreed) -> None:
     exit_record.write(run_folder, "running", attempt=agreed.start.attempt, step=agreed.start.step)
 
 
-def _open_loader(config: RunConfig, manifest: Manifest, ranks: World) -> Loader:
+def _open_loader(config: RunConfig, agreed: Agreed, ranks: World) -> Loader:
     return Loader(
-        Path(config.data.path),
-        manifest,
+        agreed.sources,
         "train",
+        blend=agreed.start.stages[-1].blend,
         plan=batch_plan(config),
         share=(ranks.rank, ranks.size),
         prefetch_steps=config.data.prefetch,
     )
 
 
-def _verify(config: RunConfig, manifest: Manifest, ranks: World) -> BackgroundVerifier | None:
+def _verify(config: RunConfig, sources: list[Source], ranks: World) -> BackgroundVerifier | None:
     """Check this rank's share of the shards' blocks: now, in a thread, or not."""
-    data_folder, share = Path(config.data.path), (ranks.rank, ranks.size)
+    share = (ranks.rank, ranks.size)
     if config.data.verify == "background":
-        return BackgroundVerifier(data_folder, manifest, share=share)
+        return BackgroundVerifier(sources, share=share)
     if config.data.verify == "before":
-        for problem in verify_blocks(data_folder, manifest, share=share):
-            raise UserError(f"{data_folder / problem.file}: {problem.detail}; {cure(data_folder)}")
+        for source in sources:
+            for problem in verify_blocks(source.folder, source.manifest, share=share):
+                raise UserError(f"{source.folder / problem.file}: {problem.detail}; {cure(source.folder)}")
     return None
 
 
-def build_model(config: RunConfig, manifest: Manifest, ranks: World, *, resumed: bool) -> nn.Module:
+def build_model(config: RunConfig, tokenizer: TokenizerInfo, ranks: World, *, resumed: bool) -> nn.Module:
     """The model on its device; its initial weights are those of rank 0.
 
     Args:
         config: of the run.
-        manifest: of its data.
+        tokenizer: of its data.
         ranks: of the run.
         resumed: a checkpoint's weights replace the initial ones, so `model.init` is not needed.
 
@@ -235,7 +256,7 @@ def build_model(config: RunConfig, manifest: Manifest, ranks: World, *, resumed:
     Collective: yes.
     """
     torch.manual_seed(config.train.seed)
-    model = MODELS[config.model.kind](config.model, pad_vocab(manifest.tokenizer.vocab_size))
+    model = MODELS[config.model.kind](config.model, pad_vocab(tokenizer.vocab_size))
     if config.model.init != "random" and not resumed:
         # On rank 0 alone: the strategy broadcasts its weights.
         ranks.on_root(lambda: load_hf_(model, Path(config.model.init)), name="session.init")

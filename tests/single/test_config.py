@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -88,6 +90,60 @@ def test_no_number_may_be_negative(key: str) -> None:
     assert key.rpartition(".")[2] in refuse(f"--{key}", "-1")
 
 
+BLEND = {"data/code": 3, "data/prose": 1}
+
+
+def test_a_blend_is_a_table_in_a_file_and_in_an_argument(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[data]\npath = {"data/code" = 3, "data/prose" = 1}\n')
+    config = load("--config", str(path))
+    assert config.data.path == BLEND == load("--data.path", json.dumps(BLEND)).data.path
+    assert list(config.data.weights.items()) == list(BLEND.items())
+    assert load("--config", str(path), "--data.path", "data/one").data.weights == {"data/one": 1}
+    assert load("--config", str(path), "--data.path", '{"data/two": 2}').data.weights == {"data/two": 2}
+
+
+@pytest.mark.parametrize("blend", [BLEND, dict(reversed(BLEND.items())), {'od"d/na me': 1, "data.x": 2}])
+def test_a_blend_survives_its_resolved_file_in_its_order(blend: dict[str, int], tmp_path: Path) -> None:
+    limits = json.dumps(dict.fromkeys(blend, 2))
+    config = load("--data.path", json.dumps(blend), "--data.max_epochs", limits)
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(config))
+    assert load_resolved(path) == config
+    assert list(load_resolved(path).data.weights) == list(blend)
+    assert [config.data.epoch_limit(folder) for folder in blend] == [2, 2]
+
+
+def test_a_limit_of_epochs_is_one_for_all_or_of_some() -> None:
+    path = ("--data.path", json.dumps(BLEND))
+    assert [load(*path, "--data.max_epochs", "4").data.epoch_limit(folder) for folder in BLEND] == [4, 4]
+    some = load(*path, "--data.max_epochs", '{"data/prose": 3}').data
+    assert [some.epoch_limit(folder) for folder in BLEND] == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--data.path", "{}"], "data.path is an empty table"),
+        (["--data.path", '{"a": 1, "b": 0}'], "data.path: weight 0 of b must be at least 1"),
+        (["--data.path", '{"a": 1, "b": -2}'], "data.path: weight -2 of b must be at least 1"),
+        (["--data.path", '{"a": 4096, "b": 1}'], "weight 1 of b in a total of 4097: .* one in 4096"),
+        (["--data.path", '{"a": 2000000000, "b": 2000000000}'], "the total below 2\\^31"),
+        (["--data.path", '{"a": 1.5}'], "is no table of folders with whole weights; write '{"),
+        (["--data.path", '{"a": 1'], "is no table of folders with whole weights; write '{"),
+        (
+            ["--data.max_epochs", '{"a": 1}'],
+            "data.max_epochs names a, which is not in data.path; it has data/",
+        ),
+        (["--data.path", '{"a": 1}', "--data.max_epochs", '{"a": -1}'], "data.max_epochs -1 of a must be 0"),
+        (["--data.max_epochs", "x"], r'"data.max_epochs": Expected int or dict\[str, int\]. Got value: x'),
+        (["--data.new_stage", "2"], "data.new_stage"),
+    ],
+)
+def test_a_mistaken_blend_is_one_line(arguments: list[str], expected: str) -> None:
+    assert re.search(expected, refuse(*arguments))
+
+
 def test_a_run_folder_has_a_name() -> None:
     assert "train.out must name a folder" in refuse("--train.out", "")
 
@@ -100,6 +156,7 @@ def test_a_run_folder_has_a_name() -> None:
         (b"[model\n", "Problems parsing config"),
         (b"\xff\xfe\x00", "is not a readable TOML file"),
         (b"[model]\nlayers = 'x'\n", "Expected an int"),
+        (b"[data]\npath = {a = 1.5}\n", "Expected str or dict[str, int]. Got value: {'a': 1.5}"),
     ],
 )
 def test_a_bad_file_is_named(content: bytes, expected: str, tmp_path: Path) -> None:

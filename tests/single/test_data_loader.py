@@ -14,10 +14,12 @@ import torch
 from data_sets import flip_bit, make_data_set, overwrite
 
 from hvdlm.config import UserError
+from hvdlm.data.blend import windows_of_samples
 from hvdlm.data.loader import BatchPlan, Loader, StepBatch, evaluation_batches
 from hvdlm.data.manifest import Manifest, read_manifest
-from hvdlm.data.order import first_windows, locate, slot_seed, windows_of_samples
+from hvdlm.data.order import first_windows, locate, slot_seed
 from hvdlm.data.prefetch import Prefetcher
+from hvdlm.data.sources import Source
 from hvdlm.data.windows import Recycler
 
 SIZES = {"train-00000": 1000, "train-00001": 37, "train-00002": 5, "train-00003": 641, "val-00000": 203}
@@ -48,8 +50,8 @@ def test_a_step_holds_the_windows_of_its_samples(data: tuple) -> None:
     folder, manifest, tokens = data
     names = [entry.name for entry in manifest.split("train")]
     first = first_windows(np.array([len(tokens[name]) for name in names]), 16)
-    loader = Loader(folder, manifest, "train", plan=PLAN, share=(0, 1), prefetch_steps=3)
-    assert loader.windows == 62 + 2 + 0 + 40
+    loader = Loader([Source(folder, manifest)], "train", plan=PLAN, share=(0, 1), prefetch_steps=3)
+    assert loader.windows == [62 + 2 + 0 + 40]
     for step, batch in zip(range(1, 30), take(loader, 0, 29), strict=True):
         assert (batch.step, batch.first_sample, batch.end_sample) == (step, 12 * step - 12, 12 * step)
         assert batch.label_count == 12 * 16
@@ -65,7 +67,7 @@ def test_a_step_holds_the_windows_of_its_samples(data: tuple) -> None:
 
 
 def test_batches_are_int64_views_of_one_buffer(data: tuple) -> None:
-    loader = Loader(*data[:2], "train", plan=PLAN, share=(0, 1), prefetch_steps=1)
+    loader = Loader([Source(*data[:2])], "train", plan=PLAN, share=(0, 1), prefetch_steps=1)
     batch = take(loader, 0, 1)[0].slots[0].batch
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
     assert {tensor.shape for tensor in batch.values()} == {(2, 16)}
@@ -74,9 +76,9 @@ def test_batches_are_int64_views_of_one_buffer(data: tuple) -> None:
 
 @pytest.mark.parametrize("parts", [2, 3, 4, 7, 13])
 def test_any_shares_together_are_the_whole(data: tuple, parts: int) -> None:
-    whole = rows(take(Loader(*data[:2], "train", plan=PLAN, share=(0, 1), prefetch_steps=2), 0, 4))
+    whole = rows(take(Loader([Source(*data[:2])], "train", plan=PLAN, share=(0, 1), prefetch_steps=2), 0, 4))
     shares = [
-        take(Loader(*data[:2], "train", plan=PLAN, share=(d, parts), prefetch_steps=2), 0, 4)
+        take(Loader([Source(*data[:2])], "train", plan=PLAN, share=(d, parts), prefetch_steps=2), 0, 4)
         for d in range(parts)
     ]
     assert parts <= 6 or any(not share[0].slots for share in shares)
@@ -88,15 +90,17 @@ def test_any_shares_together_are_the_whole(data: tuple, parts: int) -> None:
 @pytest.mark.parametrize("start", [0, 1, 5, 8, 9, 23, 1000])
 def test_it_goes_on_at_any_step_on_any_number_of_ranks(data: tuple, start: int) -> None:
     """104 windows and 12 a step: epochs end inside steps."""
-    loader = Loader(*data[:2], "train", plan=PLAN, share=(0, 1), prefetch_steps=4)
+    loader = Loader([Source(*data[:2])], "train", plan=PLAN, share=(0, 1), prefetch_steps=4)
     whole = rows(take(loader, 0, start + 3)[start:]) if start < 1000 else rows(take(loader, 999, 4)[1:])
-    halves = [Loader(*data[:2], "train", plan=PLAN, share=(d, 2), prefetch_steps=1) for d in range(2)]
+    halves = [
+        Loader([Source(*data[:2])], "train", plan=PLAN, share=(d, 2), prefetch_steps=1) for d in range(2)
+    ]
     parts = [take(half, start, 3) for half in halves]
     assert torch.equal(torch.cat([rows([a, b]) for a, b in zip(*parts, strict=True)]), whole)
 
 
 def test_batches_kept_by_the_consumer_are_never_overwritten(data: tuple) -> None:
-    loader = Loader(*data[:2], "train", plan=PLAN, share=(0, 1), prefetch_steps=2)
+    loader = Loader([Source(*data[:2])], "train", plan=PLAN, share=(0, 1), prefetch_steps=2)
     steps = loader.steps(0)
     kept = [next(steps) for _ in range(3)]
     copies = [rows([batch]) for batch in kept]
@@ -123,18 +127,18 @@ def test_memory_is_recycled_only_when_nothing_refers_to_it() -> None:
 
 def test_without_prefetch_there_is_no_thread_and_the_same_batches(data: tuple) -> None:
     before = threading.active_count()
-    loader = Loader(*data[:2], "train", plan=PLAN, share=(0, 1), prefetch_steps=0)
+    loader = Loader([Source(*data[:2])], "train", plan=PLAN, share=(0, 1), prefetch_steps=0)
     steps = loader.steps(3)
     own = [next(steps) for _ in range(4)]
     assert threading.active_count() == before
-    threaded = take(Loader(*data[:2], "train", plan=PLAN, share=(0, 1), prefetch_steps=4), 3, 4)
+    threaded = take(Loader([Source(*data[:2])], "train", plan=PLAN, share=(0, 1), prefetch_steps=4), 3, 4)
     assert torch.equal(rows(own), rows(threaded))
 
 
 def test_memory_does_not_grow(data: tuple) -> None:
     """A hundred thousand windows: a leak of one small object for each would be megabytes."""
     plan = BatchPlan(seq_len=16, global_batch=100, micro_batch=100, seed=0)
-    steps = Loader(*data[:2], "train", plan=plan, share=(0, 1), prefetch_steps=0).steps(0)
+    steps = Loader([Source(*data[:2])], "train", plan=plan, share=(0, 1), prefetch_steps=0).steps(0)
     for _ in range(500):
         next(steps)
     before = psutil.Process().memory_info().rss
@@ -147,7 +151,9 @@ def test_files_kept_open_are_few_and_all_closed(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("hvdlm.data.loader.MAX_OPEN_FILES", 6)
     make_data_set(tmp_path, {f"train-{i:05}": 60 for i in range(40)})
     before = open_files()
-    loader = Loader(tmp_path, read_manifest(tmp_path), "train", plan=PLAN, share=(0, 1), prefetch_steps=2)
+    loader = Loader(
+        [Source(tmp_path, read_manifest(tmp_path))], "train", plan=PLAN, share=(0, 1), prefetch_steps=2
+    )
     steps = loader.steps(0)
     for _ in range(50):
         next(steps)
@@ -159,7 +165,7 @@ def test_files_kept_open_are_few_and_all_closed(tmp_path: Path, monkeypatch: pyt
 def test_closing_ends_the_threads_at_any_moment(data: tuple) -> None:
     before = threading.active_count()
     for taken in (0, 1, 7):
-        loader = Loader(*data[:2], "train", plan=PLAN, share=(0, 1), prefetch_steps=4)
+        loader = Loader([Source(*data[:2])], "train", plan=PLAN, share=(0, 1), prefetch_steps=4)
         steps = loader.steps(0)
         for _ in range(taken):
             next(steps)
@@ -170,7 +176,7 @@ def test_closing_ends_the_threads_at_any_moment(data: tuple) -> None:
 
 
 def test_a_second_iteration_ends_the_first(data: tuple) -> None:
-    loader = Loader(*data[:2], "train", plan=PLAN, share=(0, 1), prefetch_steps=2)
+    loader = Loader([Source(*data[:2])], "train", plan=PLAN, share=(0, 1), prefetch_steps=2)
     first = loader.steps(0)
     next(first)
     assert next(loader.steps(4)).step == 5
@@ -211,7 +217,7 @@ def test_it_reads_ahead_and_no_further() -> None:
 
 
 def build(folder: Path) -> Loader:
-    return Loader(folder, read_manifest(folder), "train", plan=PLAN, share=(0, 1), prefetch_steps=2)
+    return Loader([Source(folder, read_manifest(folder))], "train", plan=PLAN, share=(0, 1), prefetch_steps=2)
 
 
 def read_all(folder: Path) -> None:
@@ -280,10 +286,12 @@ def test_a_device_error_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_short_reads_go_on(data: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = rows(take(Loader(*data[:2], "train", plan=PLAN, share=(0, 1), prefetch_steps=1), 0, 3))
+    expected = rows(
+        take(Loader([Source(*data[:2])], "train", plan=PLAN, share=(0, 1), prefetch_steps=1), 0, 3)
+    )
     whole = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, views, offset: whole(fd, [views[0][:7]], offset))
-    found = rows(take(Loader(*data[:2], "train", plan=PLAN, share=(0, 1), prefetch_steps=1), 0, 3))
+    found = rows(take(Loader([Source(*data[:2])], "train", plan=PLAN, share=(0, 1), prefetch_steps=1), 0, 3))
     assert torch.equal(found, expected)
 
 
@@ -293,17 +301,25 @@ def test_without_a_window_there_is_no_loader(data: tuple) -> None:
     with pytest.raises(
         UserError, match=r"'train' has no sample: .* has 1000 tokens, a sample needs 1001"
     ) as caught:
-        Loader(folder, manifest, "train", plan=plan, share=(0, 1), prefetch_steps=1)
+        Loader([Source(folder, manifest)], "train", plan=plan, share=(0, 1), prefetch_steps=1)
     assert caught.value.exit_code == 2
     with pytest.raises(UserError, match=r"multiple of train.micro_batch \(5\)"):
-        Loader(folder, manifest, "train", plan=BatchPlan(8, 12, 5, 0), share=(0, 1), prefetch_steps=1)
+        Loader(
+            [Source(folder, manifest)], "train", plan=BatchPlan(8, 12, 5, 0), share=(0, 1), prefetch_steps=1
+        )
     with pytest.raises(UserError, match="has no sample"):
-        next(evaluation_batches(folder, manifest, "no such", plan=PLAN, share=(0, 1), limit_batches=0))
+        next(
+            evaluation_batches(
+                [Source(folder, manifest)], "no such", plan=PLAN, share=(0, 1), limit_batches=0
+            )
+        )
 
 
 def evaluate(data: tuple, split: str, share: tuple[int, int], limit: int) -> list[dict[str, torch.Tensor]]:
     return list(
-        evaluation_batches(*data[:2], split, plan=BatchPlan(16, 1, 3, 0), share=share, limit_batches=limit)
+        evaluation_batches(
+            [Source(*data[:2])], split, plan=BatchPlan(16, 1, 3, 0), share=share, limit_batches=limit
+        )
     )
 
 

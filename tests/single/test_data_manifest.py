@@ -18,6 +18,7 @@ from hvdlm.data.documents import read_document
 from hvdlm.data.entries import Extent, MalformedError, ShardEntry
 from hvdlm.data.loader import BatchPlan, Loader, evaluation_batches
 from hvdlm.data.manifest import FILE_NAME, Manifest, read_manifest, write_manifest
+from hvdlm.data.sources import Source
 from hvdlm.data.verify import verify_blocks
 from hvdlm.data.verify_all import verify_folder
 
@@ -206,10 +207,10 @@ def use(folder: Path) -> np.ndarray:
     list(verify_blocks(folder, manifest, share=(0, 1)))
     read_document(folder, manifest, "train", 3)
     whole = evaluation_batches(
-        folder, manifest, "val", plan=BatchPlan(16, 4, 4, 0), share=(0, 1), limit_batches=0
+        [Source(folder, manifest)], "val", plan=BatchPlan(16, 4, 4, 0), share=(0, 1), limit_batches=0
     )
     seen = [batch["tokens"].numpy().ravel() for batch in whole]
-    loader = Loader(folder, manifest, "train", plan=PLAN, share=(0, 1), prefetch_steps=2)
+    loader = Loader([Source(folder, manifest)], "train", plan=PLAN, share=(0, 1), prefetch_steps=2)
     try:
         for step in islice(loader.steps(0), 3):
             seen += [slot.batch["tokens"].numpy().ravel() for slot in step.slots]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hvdlm.data.blend import windows_of_samples
 from hvdlm.data.order import (
     first_windows,
     locate,
@@ -11,7 +12,6 @@ from hvdlm.data.order import (
     slot_seed,
     step_samples,
     unpermute,
-    windows_of_samples,
 )
 
 EPOCH_3 = np.array([3])
@@ -37,7 +37,7 @@ def test_a_permutation_is_a_bijection_and_is_undone(bits: int) -> None:
 
 def test_every_window_comes_once_an_epoch_and_epochs_differ() -> None:
     n = 1000
-    windows = windows_of_samples(np.arange(5 * n), n, seed=1).reshape(5, n)
+    windows = windows_of_samples(np.arange(5 * n), [n], seed=1).reshape(5, n)
     assert (np.sort(windows, axis=1) == np.arange(n)).all()
     equal = (windows[:, None] == windows[None]).mean(axis=2)
     assert (equal[~np.eye(5, dtype=bool)] < 0.02).all()
@@ -45,12 +45,12 @@ def test_every_window_comes_once_an_epoch_and_epochs_differ() -> None:
 
 def test_an_epoch_is_the_same_alone_and_in_a_block_of_epochs() -> None:
     n = 37
-    block = windows_of_samples(np.arange(4 * n), n, seed=5)
+    block = windows_of_samples(np.arange(4 * n), [n], seed=5)
     for epoch in range(4):
         alone = permute(np.arange(n), n, seed=5, epochs=np.full(n, epoch))
         assert (block[epoch * n : (epoch + 1) * n] == alone).all()
     shuffled = np.random.default_rng(0).permutation(4 * n)
-    assert (windows_of_samples(shuffled, n, seed=5) == block[shuffled]).all()
+    assert (windows_of_samples(shuffled, [n], seed=5) == block[shuffled]).all()
     undone = unpermute(block, n, seed=5, epochs=np.arange(4 * n) // n)
     assert (undone == np.arange(4 * n) % n).all()
 
@@ -67,7 +67,7 @@ def test_the_order_is_even(n: int) -> None:
     """Chi-square of which window comes first, and of the step to the next, over many epochs."""
     epochs = 40 * n if n < 1000 else 2000
     samples = np.arange(epochs)[:, None] * n + np.arange(2)
-    first, second = windows_of_samples(samples.ravel(), n, seed=3).reshape(epochs, 2).T
+    first, second = windows_of_samples(samples.ravel(), [n], seed=3).reshape(epochs, 2).T
     for values, choices in ((first, n), ((second - first) % n - 1, n - 1)):
         counts = np.bincount(values, minlength=choices)
         expected = epochs / choices
@@ -77,8 +77,8 @@ def test_the_order_is_even(n: int) -> None:
 
 def test_the_order_is_the_one_it_always_was() -> None:
     """A run that goes on under another version of hvdlm or numpy must not see samples twice."""
-    assert windows_of_samples(np.arange(7, 17), 13, seed=42).tolist() == GOLDEN_SMALL
-    assert windows_of_samples(np.arange(5), 10**12, seed=42).tolist() == GOLDEN_LARGE
+    assert windows_of_samples(np.arange(7, 17), [13], seed=42).tolist() == GOLDEN_SMALL
+    assert windows_of_samples(np.arange(5), [10**12], seed=42).tolist() == GOLDEN_LARGE
     assert slot_seed(42, 3, 1) == GOLDEN_SLOT_SEED
 
 
@@ -99,14 +99,14 @@ def test_windows_are_found_in_their_shard(seq_len: int) -> None:
 def test_any_number_of_ranks_draws_the_same_samples() -> None:
     global_batch, micro_batch = 96, 4
     slots = global_batch // micro_batch
-    whole = windows_of_samples(np.arange(*step_samples(3, global_batch)), 1000, seed=1)
+    whole = windows_of_samples(np.arange(*step_samples(3, global_batch)), [1000], seed=1)
     for ranks in range(1, 97):
         drawn = []
         for rank in range(ranks):
             own = share_of(slots, (rank, ranks))
             start = step_samples(3, global_batch)[0]
             samples = np.arange(start + own.start * micro_batch, start + own.stop * micro_batch)
-            drawn.append(windows_of_samples(samples, 1000, seed=1))
+            drawn.append(windows_of_samples(samples, [1000], seed=1))
         assert (np.concatenate(drawn) == whole).all()
 
 

@@ -26,6 +26,7 @@ from hvdlm.data.digests import digest_blocks, digest_content, digest_file
 from hvdlm.data.entries import BLOCK_TOKENS, Extent, Extents, ShardEntry
 from hvdlm.data.manifest import Manifest, write_manifest
 from hvdlm.data.shards import write_shard
+from hvdlm.data.sources import Source
 from hvdlm.data.verify import BackgroundVerifier, verify_blocks
 from hvdlm.data.verify_all import Verification, share_by_size, verify_folder, verify_shard
 
@@ -180,11 +181,11 @@ def wait_for(verifier: BackgroundVerifier) -> None:
 
 def test_the_background_verifier_reports_the_first_problem_with_a_cure(data: tuple[Path, Manifest]) -> None:
     folder, manifest = data
-    verifier = BackgroundVerifier(folder, manifest, share=(0, 1))
+    verifier = BackgroundVerifier([Source(folder, manifest)], share=(0, 1))
     wait_for(verifier)
     assert verifier.problem() is None
     flip_bit(folder / "val-00000.h5", manifest.shards[2].extents.tokens.offset)
-    verifier = BackgroundVerifier(folder, manifest, share=(1, 2))
+    verifier = BackgroundVerifier([Source(folder, manifest)], share=(1, 2))
     wait_for(verifier)
     verifier.close()
     assert (verifier.problem() or "").startswith(
@@ -193,8 +194,19 @@ def test_the_background_verifier_reports_the_first_problem_with_a_cure(data: tup
     )
 
 
+def test_the_background_verifier_goes_through_all_sources(
+    data: tuple[Path, Manifest], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    manifest, _ = make_data_set(other, {"train-00000": 5000})
+    flip_bit(other / "train-00000.h5", manifest.shards[0].extents.tokens.offset)
+    verifier = BackgroundVerifier([Source(*data), Source(other, manifest)], share=(0, 1))
+    wait_for(verifier)
+    assert (verifier.problem() or "").startswith(f"{other}/train-00000.h5: block 0: ")
+
+
 def test_a_slow_background_verifier_closes_at_once(data: tuple[Path, Manifest]) -> None:
-    verifier = BackgroundVerifier(*data, share=(0, 1), bytes_per_s=1.0)
+    verifier = BackgroundVerifier([Source(*data)], share=(0, 1), bytes_per_s=1.0)
     started = time.monotonic()
     verifier.close()
     assert verifier.done()

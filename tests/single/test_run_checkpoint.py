@@ -8,6 +8,7 @@ import random
 import shutil
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,19 @@ from hvdlm.config import UserError
 from hvdlm.parallel.strategy import Piece
 from hvdlm.run import checkpoint, restore
 from hvdlm.run.folder import open_run
+from hvdlm.run.stages import StageSource
 from tests import helpers
 
 ALONE = World(Launch("single"))
-CONFIG = {"optim.lr": 0.1, "train.steps": 10, "log.every": 1, "data.path": "a"}
-FINGERPRINTS = {"data": "d" * 64, "tokenizer": "t" * 64}
+CONFIG: dict[str, Any] = {
+    "optim.lr": 0.1,
+    "train.steps": 10,
+    "train.seed": 0,
+    "log.every": 1,
+    "data.path": "a",
+    "data.new_stage": False,
+}
+WHAT: dict[str, Any] = {"tokenizer": "t" * 64, "sources": (StageSource("a", "d" * 64, 1),)}
 
 
 def pieces() -> list[Piece]:
@@ -37,7 +46,9 @@ def pieces() -> list[Piece]:
 
 
 def save(run: Path, step: int, *, parent: str = "") -> Path:
-    state = {"step": step, "attempt": 1, "config": CONFIG, "fingerprints": FINGERPRINTS, "parent": parent}
+    state = {"step": step, "attempt": 1, "samples": 8 * step, "config": CONFIG, "parent": parent}
+    # As it was before there were blends.
+    state["fingerprints"] = {"data": "d" * 64, "tokenizer": "t" * 64}
     return checkpoint.save(
         run / "checkpoints", pieces(), ALONE, state=state, files={"config.toml": b"x = 1\n"}
     )
@@ -109,7 +120,7 @@ def test_resume_takes_the_newest_valid_one(tmp_path: Path) -> None:
     (checkpoints / "step-00000005").mkdir()
     data = checkpoints / "step-00000003" / "rank-00000.safetensors"
     data.write_bytes(data.read_bytes()[:-1])
-    start = open_run(tmp_path, resume="auto", config=CONFIG, fingerprints=FINGERPRINTS)
+    start = open_run(tmp_path, resume="auto", config=CONFIG, **WHAT)
     assert (start.step, Path(start.checkpoint).name) == (2, "step-00000002")
     assert len(start.notes) == 2
     assert (checkpoints / "step-00000003.corrupt").is_dir()
@@ -123,7 +134,7 @@ def test_what_cannot_be_read_is_no_damage(tmp_path: Path) -> None:
         kept = (folder / name).rename(tmp_path / "kept")
         (folder / name).symlink_to(name)
         with pytest.raises(UserError, match=rf"{name}: cannot be read: .*check its owner") as caught:
-            open_run(tmp_path, resume="auto", config=CONFIG, fingerprints=FINGERPRINTS)
+            open_run(tmp_path, resume="auto", config=CONFIG, **WHAT)
         assert caught.value.exit_code == 1
         kept.rename(folder / name)
     assert restore.folders(tmp_path / "checkpoints") == [older, folder]
@@ -135,7 +146,7 @@ def test_a_newer_version_is_no_damage(tmp_path: Path) -> None:
     manifest["digest"] = restore.manifest_digest(manifest)
     (folder / restore.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"is hvdlm-checkpoint 2, this hvdlm reads hvdlm-checkpoint 1"):
-        open_run(tmp_path, resume="auto", config=CONFIG, fingerprints=FINGERPRINTS)
+        open_run(tmp_path, resume="auto", config=CONFIG, **WHAT)
     assert folder.is_dir()
 
 
@@ -146,7 +157,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path: P
         with pytest.raises(
             UserError, match=r"all 2 checkpoint\(s\) are damaged.*step-00000002: state.json is"
         ):
-            open_run(tmp_path, resume="auto", config=CONFIG, fingerprints=FINGERPRINTS)
+            open_run(tmp_path, resume="auto", config=CONFIG, **WHAT)
 
 
 def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
@@ -188,26 +199,30 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "fingerprints", "expected"),
+    ("changes", "what", "expected"),
     [
         ({"optim.lr": 0.2}, {}, "optim.lr was 0.1, is 0.2"),
-        ({"model.width": 8}, {}, "model.width was None, is 8"),
-        ({}, {"data": "e" * 64}, "another data"),
+        ({"model.width": 8}, {}, "model.width was 768, is 8"),
+        (
+            {},
+            {"sources": (StageSource("b", "e" * 64, 1),)},
+            r"other data: b \(fingerprint e{12}\) is new, a \(fingerprint d{12}\) is gone; put",
+        ),
         ({}, {"tokenizer": "e" * 64}, "another tokenizer"),
     ],
 )
 def test_what_must_stay_is_named(
-    changes: dict[str, float], fingerprints: dict[str, str], expected: str, tmp_path: Path
+    changes: dict[str, float], what: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
     save(tmp_path, 5)
     with pytest.raises(UserError, match=expected):
-        open_run(tmp_path, resume="auto", config=CONFIG | changes, fingerprints=FINGERPRINTS | fingerprints)
+        open_run(tmp_path, resume="auto", config=CONFIG | changes, **WHAT | what)
 
 
 def test_what_may_change_goes_on(tmp_path: Path) -> None:
     save(tmp_path, 5)
     config = CONFIG | {"train.steps": 20, "log.every": 3, "data.path": "b", "parallel.fusion_mb": 1}
-    start = open_run(tmp_path, resume="auto", config=config, fingerprints=FINGERPRINTS)
+    start = open_run(tmp_path, resume="auto", config=config, **WHAT)
     assert start.step == 5
     assert start.notes == ["train.steps was 10, is 20"]
 
@@ -216,24 +231,24 @@ def test_never_refuses_a_used_folder_and_a_path_an_older_branch(tmp_path: Path) 
     first = save(tmp_path, 5)
     save(tmp_path, 6)
     with pytest.raises(UserError, match=r"checkpoint\.resume=never"):
-        open_run(tmp_path, resume="never", config=CONFIG, fingerprints=FINGERPRINTS)
+        open_run(tmp_path, resume="never", config=CONFIG, **WHAT)
     with pytest.raises(UserError, match=r"holds step-00000006 of a run that began anew, not from"):
-        open_run(tmp_path, resume=str(first), config=CONFIG, fingerprints=FINGERPRINTS)
-    branch = open_run(tmp_path / "new", resume=str(first), config=CONFIG, fingerprints=FINGERPRINTS)
+        open_run(tmp_path, resume=str(first), config=CONFIG, **WHAT)
+    branch = open_run(tmp_path / "new", resume=str(first), config=CONFIG, **WHAT)
     assert branch.step == 5
 
 
 def test_the_same_command_goes_on_with_a_branch(tmp_path: Path) -> None:
     first, other = save(tmp_path / "old", 5), save(tmp_path / "other", 9)
     new = tmp_path / "new"
-    branch = open_run(new, resume=str(first), config=CONFIG, fingerprints=FINGERPRINTS)
+    branch = open_run(new, resume=str(first), config=CONFIG, **WHAT)
     own = save(new, 7, parent=branch.parent)
     shutil.rmtree(first)
     for resume in (str(first), "auto"):
-        start = open_run(new, resume=resume, config=CONFIG, fingerprints=FINGERPRINTS)
+        start = open_run(new, resume=resume, config=CONFIG, **WHAT)
         assert (start.checkpoint, start.step, start.parent) == (str(own), 7, str(first))
     with pytest.raises(UserError, match=rf"began from {first}, not from checkpoint.resume={other}"):
-        open_run(new, resume=str(other), config=CONFIG, fingerprints=FINGERPRINTS)
+        open_run(new, resume=str(other), config=CONFIG, **WHAT)
 
 
 def test_opening_nothing_is_one_line(tmp_path: Path) -> None:
