@@ -112,7 +112,7 @@ def test_other_data_or_another_model_on_resume(tiny_data: Path, tmp_path: Path) 
         "byte",
     ]
     assert helpers.run([*preprocess, "--val-fraction", "0.3"]).returncode == 0
-    fails(helpers.train_command(other, run), 2, "was trained on another data")
+    fails(helpers.train_command(other, run), 2, "was trained on other data", "--data.new_stage true")
     assert helpers.exit_record(run)["state"] == "done"
     assert "resumed from" in train(tiny_data, run).stdout
 
