@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Start:
         notes: lines for the user.
         skipped_in_a_row: steps before this one that updated nothing.
         parent: the PATH of checkpoint.resume that the run began from, or ''.
+        verified: the blocks that earlier attempts found intact, as [[first, end), ...], of each data
+            set by its fingerprint.
     """
 
     attempt: int
@@ -48,6 +50,7 @@ class Start:
     notes: list[str]
     skipped_in_a_row: int = 0
     parent: str = ""
+    verified: dict[str, list[list[int]]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """For telling other ranks."""
@@ -95,6 +98,7 @@ def open_run(run_folder: Path, *, resume: str, config: dict[str, Any], fingerpri
             notes,
             saved.state.get("skipped_in_a_row", 0),
             saved.state.get("parent", "") if is_own else str(Path(resume).resolve()),
+            _verified(saved.state, config),
         )
     _make(run_folder)
     return start
@@ -118,6 +122,14 @@ def _choose(checkpoints: Path, resume: str) -> tuple[Path | None, list[str]]:
             f"checkpoint.resume={resume}; choose another train.out, or go on with --checkpoint.resume auto"
         )
     return own, notes
+
+
+def _verified(state: dict[str, Any], config: dict[str, Any]) -> dict[str, list[list[int]]]:
+    """What is known of the shards' blocks: of a copy elsewhere, with the same fingerprint, nothing is."""
+    if state["config"].get("data.path") != config["data.path"]:
+        return {}
+    verified: dict[str, list[list[int]]] = state.get("verified", {})
+    return verified
 
 
 def _compare(

@@ -64,7 +64,7 @@ def _check(s: Session, step: int, skipped_in_a_row: int, *, last: bool) -> None:
             f"or lengthen optim.warmup_steps, and begin anew or from a checkpoint in {s.run_folder}",
             EXIT_CRASH,
         )
-    if s.verifier and (problem := s.verifier.problem()):
+    if problem := s.checks.problem():
         raise UserError(problem)
 
 
@@ -99,6 +99,7 @@ def _save(s: Session, step: int, skipped_in_a_row: int) -> None:
         "config": keys(s.config),
         "fingerprints": s.fingerprints,
         "eos_id": s.agreed.manifest.tokenizer.eos_id,
+        "verified": s.agreed.start.verified | {s.fingerprints["data"]: s.checks.gather(s.ranks)},
         "versions": {"hvdlm": __version__, "torch": torch.__version__},
     }
     checkpoints = s.run_folder / folder.CHECKPOINTS

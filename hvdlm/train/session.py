@@ -11,13 +11,12 @@ from torch import nn
 
 from hvdlm.comm import device
 from hvdlm.comm.world import World
-from hvdlm.config import RunConfig, UserError, total_steps
+from hvdlm.config import RunConfig, total_steps
 from hvdlm.config.parse import keys, to_toml
-from hvdlm.data.files import cure, write_atomic
+from hvdlm.data.files import write_atomic
 from hvdlm.data.loader import BatchPlan, Loader
 from hvdlm.data.manifest import Manifest, read_manifest, read_tokenizer
 from hvdlm.data.order import share_of
-from hvdlm.data.verify import BackgroundVerifier, verify_blocks
 from hvdlm.models import MODELS, pad_vocab
 from hvdlm.models.llama import load_hf_
 from hvdlm.parallel import STRATEGIES, Strategy
@@ -25,6 +24,7 @@ from hvdlm.run import exit_record, restore, stop
 from hvdlm.run.folder import Start, open_run
 from hvdlm.run.ledger import Ledger
 from hvdlm.run.metrics import Metrics
+from hvdlm.train.checks import BlockChecks, begin_checks
 from hvdlm.train.headline import headline, sizes
 
 
@@ -62,7 +62,7 @@ class Session:
     loader: Loader
     strategy: Strategy
     watch: stop.StopWatch
-    verifier: BackgroundVerifier | None
+    checks: BlockChecks
     reports: Reports | None
 
     @property
@@ -73,8 +73,7 @@ class Session:
     def close(self) -> None:
         """End the threads and close the files."""
         self.loader.close()
-        if self.verifier:
-            self.verifier.close()
+        self.checks.close()
         if self.reports:
             self.reports.ledger.close()
             self.reports.metrics.close()
@@ -136,7 +135,7 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
         deadline_unix=stop.deadline(agreed.job_end_unix, config.train.stop_margin_s),
     )
     loader = _open_loader(config, manifest, ranks)
-    verifier = _verify(config, manifest, ranks)
+    checks = _begin_checks(config, agreed, ranks)
     model = build_model(config, manifest, ranks, resumed=bool(start.checkpoint))
     strategy = _build_strategy(config, model, ranks)
     if start.checkpoint:
@@ -146,12 +145,14 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
     reports = None
     if ranks.is_root:
         reports = _open_reports(config, run_folder, start, ranks=ranks, model=model)
-        for line in headline(config, run_folder, start, ranks=ranks, model=model):
-            reports.metrics.say(line)
-        for line in sizes(config, manifest, windows=loader.windows, ranks=ranks):
+        for line in (
+            *headline(config, run_folder, start, ranks=ranks, model=model),
+            *sizes(config, manifest, windows=loader.windows, ranks=ranks),
+            *checks.notes,
+        ):
             reports.metrics.say(line)
     return Session(
-        config, total_steps(config), run_folder, agreed, ranks, loader, strategy, watch, verifier, reports
+        config, total_steps(config), run_folder, agreed, ranks, loader, strategy, watch, checks, reports
     )
 
 
@@ -182,15 +183,10 @@ def _open_loader(config: RunConfig, manifest: Manifest, ranks: World) -> Loader:
     )
 
 
-def _verify(config: RunConfig, manifest: Manifest, ranks: World) -> BackgroundVerifier | None:
-    """Check this rank's share of the shards' blocks: now, in a thread, or not."""
-    data_folder, share = Path(config.data.path), (ranks.rank, ranks.size)
-    if config.data.verify == "background":
-        return BackgroundVerifier(data_folder, manifest, share=share)
-    if config.data.verify == "before":
-        for problem in verify_blocks(data_folder, manifest, share=share):
-            raise UserError(f"{data_folder / problem.file}: {problem.detail}; {cure(data_folder)}")
-    return None
+def _begin_checks(config: RunConfig, agreed: Agreed, ranks: World) -> BlockChecks:
+    manifest = agreed.manifest
+    known = agreed.start.verified.get(manifest.fingerprint, [])
+    return begin_checks(config.data.verify, Path(config.data.path), manifest, known=known, ranks=ranks)
 
 
 def build_model(config: RunConfig, manifest: Manifest, ranks: World, *, resumed: bool) -> nn.Module:
