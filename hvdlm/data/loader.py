@@ -84,6 +84,8 @@ class Loader:
         plan: Equal on all ranks.
         share: (d, D), from the mesh; the ranks of one d read the same.
         prefetch_steps: Steps kept ready by threads; 0 = no thread, a step is read when it is asked for.
+        check_sizes: See at the start that every shard is there; off where `folder` has only those that
+            will be read.
 
     Raises:
         UserError: The split has no sample, the batches do not divide, or one of this share's shards
@@ -100,6 +102,7 @@ class Loader:
         plan: BatchPlan,
         share: tuple[int, int],
         prefetch_steps: int,
+        check_sizes: bool = True,
     ) -> None:
         if plan.global_batch % plan.micro_batch:
             raise UserError(
@@ -113,7 +116,7 @@ class Loader:
         self._prefetcher: Prefetcher[StepBatch] | None = None
         if not self.windows:
             raise UserError(_no_window(folder, manifest, split, plan.seq_len))
-        for entry in manifest.split(split)[share[0] :: share[1]]:
+        for entry in manifest.split(split)[share[0] :: share[1]] if check_sizes else ():
             check_file(folder / entry.name, entry.file_bytes)
 
     @property

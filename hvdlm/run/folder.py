@@ -25,6 +25,7 @@ _FREE_KEYS = {
     "data.path",
     "data.prefetch",
     "data.verify",
+    "data.stage",
 }
 _SCHEDULE_KEYS = {"train.steps", "train.tokens"}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from hvdlm import __version__
@@ -72,7 +70,7 @@ def _validate(s: Session, step: int) -> None:
     if not s.config.eval.batches:
         return
     samples = evaluation_batches(
-        Path(s.config.data.path),
+        s.data_folder,
         s.agreed.manifest,
         "val",
         plan=batch_plan(s.config),

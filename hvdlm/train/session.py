@@ -26,6 +26,7 @@ from hvdlm.run.ledger import Ledger
 from hvdlm.run.metrics import Metrics
 from hvdlm.train.checks import BlockChecks, begin_checks
 from hvdlm.train.headline import headline, sizes
+from hvdlm.train.staging import Wanted, stage_in
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,15 @@ class Reports:
 
 @dataclass(frozen=True)
 class Session:
-    """One attempt of a run; only rank 0 has `reports`."""
+    """One attempt of a run; only rank 0 has `reports`. `data_folder` is where it reads: the data set, or
+    this node's copy."""
 
     config: RunConfig
     steps: int
     run_folder: Path
     agreed: Agreed
     ranks: World
+    data_folder: Path
     loader: Loader
     strategy: Strategy
     watch: stop.StopWatch
@@ -134,8 +137,9 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
         watch_file=ranks.is_root,
         deadline_unix=stop.deadline(agreed.job_end_unix, config.train.stop_margin_s),
     )
-    loader = _open_loader(config, manifest, ranks)
-    checks = _begin_checks(config, agreed, ranks)
+    data_folder, notes = _stage(config, agreed, ranks, watch)
+    loader = _open_loader(config, data_folder, manifest, ranks)
+    checks = _begin_checks(config, data_folder, agreed, ranks)
     model = build_model(config, manifest, ranks, resumed=bool(start.checkpoint))
     strategy = _build_strategy(config, model, ranks)
     if start.checkpoint:
@@ -148,11 +152,22 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
         for line in (
             *headline(config, run_folder, start, ranks=ranks, model=model),
             *sizes(config, manifest, windows=loader.windows, ranks=ranks),
+            *notes,
             *checks.notes,
         ):
             reports.metrics.say(line)
     return Session(
-        config, total_steps(config), run_folder, agreed, ranks, loader, strategy, watch, checks, reports
+        config,
+        total_steps(config),
+        run_folder,
+        agreed,
+        ranks,
+        data_folder,
+        loader,
+        strategy,
+        watch,
+        checks,
+        reports,
     )
 
 
@@ -172,21 +187,42 @@ def _mark_running(run_folder: Path, agreed: Agreed) -> None:
     exit_record.write(run_folder, "running", attempt=agreed.start.attempt, step=agreed.start.step)
 
 
-def _open_loader(config: RunConfig, manifest: Manifest, ranks: World) -> Loader:
+def _stage(config: RunConfig, agreed: Agreed, ranks: World, watch: stop.StopWatch) -> tuple[Path, list[str]]:
+    """Where this rank reads the data from, and lines for the user."""
+    data_folder = Path(config.data.path)
+    if not config.data.stage:
+        return data_folder, []
+    wanted = Wanted(
+        data_folder,
+        agreed.manifest,
+        config.data.stage,
+        batch_plan(config),
+        start_step=agreed.start.step,
+        end_step=total_steps(config),
+        val=config.eval.batches > 0,
+    )
+    data_folder, note = stage_in(wanted, ranks, wants_stop=lambda: watch.requested)
+    return data_folder, [note]
+
+
+def _open_loader(config: RunConfig, data_folder: Path, manifest: Manifest, ranks: World) -> Loader:
     return Loader(
-        Path(config.data.path),
+        data_folder,
         manifest,
         "train",
         plan=batch_plan(config),
         share=(ranks.rank, ranks.size),
         prefetch_steps=config.data.prefetch,
+        check_sizes=data_folder == Path(config.data.path),
     )
 
 
-def _begin_checks(config: RunConfig, agreed: Agreed, ranks: World) -> BlockChecks:
+def _begin_checks(config: RunConfig, data_folder: Path, agreed: Agreed, ranks: World) -> BlockChecks:
     manifest = agreed.manifest
     known = agreed.start.verified.get(manifest.fingerprint, [])
-    return begin_checks(config.data.verify, Path(config.data.path), manifest, known=known, ranks=ranks)
+    # What is staged was compared with its digests to the last byte.
+    when = config.data.verify if data_folder == Path(config.data.path) else "off"
+    return begin_checks(when, data_folder, manifest, known=known, ranks=ranks)
 
 
 def build_model(config: RunConfig, manifest: Manifest, ranks: World, *, resumed: bool) -> nn.Module:
