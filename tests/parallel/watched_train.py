@@ -1,7 +1,8 @@
 """`python watched_train.py ARGUMENTS`: the training command, slowed down where it can be seen at work.
 
 SLOW_STAGE_S: seconds that each piece of a staged file takes. READ_BLOCKS: a file that gets a line
-"SHARD BLOCK" for each block that is verified. READ_FOLDERS: one for "SPLIT FOLDER" of each reader. MOST_BLOCKS: after so many a rank verifies no more.
+"SHARD BLOCK" for each block that is verified. READ_FOLDERS: a file that gets a line "SPLIT FOLDER" for
+each reader. MOST_BLOCKS: after so many a rank verifies no more.
 """
 
 from __future__ import annotations
