@@ -88,7 +88,7 @@ def prepare_stage(manifest: Manifest, names: Sequence[str], to: Path) -> None:
             _remove_abandoned(temp)
         probe = to / f"{TEMP_PREFIX}{os.getpid()}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # Another run on this node may have tidied up.
         missing = [entry for entry in _entries(manifest, names) if not _has_size(to, entry)]
         status = os.statvfs(to)
     except OSError as error:
