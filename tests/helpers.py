@@ -98,7 +98,8 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
         with contextlib.suppress(psutil.Error):
             env, command = candidate.environ(), candidate.cmdline()
             rank = next((env[name] for name in _RANK_NAMES if name in env), None)
-            if rank is not None and "hvdlm.train" in command and "python" in candidate.name():
+            trains = "hvdlm.train" in command or any(word.endswith("_train.py") for word in command)
+            if rank is not None and trains and "python" in candidate.name():
                 ranks[int(rank)] = candidate
     return ranks
 

@@ -29,8 +29,9 @@ from hvdlm.config import RunConfig
 from hvdlm.config.parse import load_config
 from hvdlm.corpus import demo
 from hvdlm.data.loader import Loader, StepBatch
+from hvdlm.train.agree import agree_on_start
 from hvdlm.train.loop import train
-from hvdlm.train.session import agree_on_start, open_session
+from hvdlm.train.session import open_session
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -51,7 +51,9 @@ class DataConfig:
     prefetch: int = 4
     """Steps read ahead by the loader's threads; 0 = no threads, a step is read when it is due."""
     verify: Literal["background", "before", "off"] = "background"
-    """When each rank checks its share of the shards' block digests."""
+    """When each rank checks its share of the shards' block digests; staged shards are always checked."""
+    stage: str = ""
+    """Folder on each node's own disk, such as $TMPDIR, to copy the shards to that it needs; '' = none."""
 
     @property
     def weights(self) -> dict[str, int]:

@@ -46,14 +46,16 @@ def read_block(fd: int, path: Path, entry: ShardEntry, block: int) -> np.ndarray
     return read_part(fd, path, entry.extents.tokens, first=first, size=size)
 
 
-def read_pieces(fd: int, path: Path, *, first: int, end: int) -> Iterator[memoryview]:
-    """The bytes [first, end) of a file, at most 1 MiB at a time; each is overwritten by the next.
+def read_pieces(
+    fd: int, path: Path, *, first: int, end: int, piece_bytes: int = _PIECE_BYTES
+) -> Iterator[memoryview]:
+    """The bytes [first, end) of a file, `piece_bytes` at a time; each piece is overwritten by the next.
 
     Raises:
         UserError: The file ends too early, or the device reports an error.
     """
-    buffer = memoryview(bytearray(min(_PIECE_BYTES, max(0, end - first))))
-    for start in range(first, end, _PIECE_BYTES):
-        piece = buffer[: min(_PIECE_BYTES, end - start)]
+    buffer = memoryview(bytearray(min(piece_bytes, max(0, end - first))))
+    for start in range(first, end, piece_bytes):
+        piece = buffer[: min(piece_bytes, end - start)]
         read_exactly(fd, piece, start, path)
         yield piece

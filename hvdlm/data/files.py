@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import stat
 from collections import OrderedDict
@@ -16,6 +17,10 @@ from hvdlm.config import EXIT_CRASH, UserError
 
 TEMP_PREFIX = ".tmp-"
 """Unfinished files begin so; whatever carries it after a crash is rubbish and may be deleted."""
+
+
+STAGED_NAME = re.compile(r"hvdlm-[0-9a-f]{16}")
+"""Folders of copies that `data.stage` makes."""
 
 
 @contextmanager
@@ -113,7 +118,9 @@ def open_checked(path: Path, file_bytes: int) -> int:
 
 
 def cure(folder: Path) -> str:
-    """What to do about a damaged data set."""
+    """What to do about a damaged data set, or a damaged copy of its shards on a node's own disk."""
+    if STAGED_NAME.fullmatch(folder.name):
+        return "start the run again, which looks over what is staged and copies anew what is bad"
     return f"run python -m hvdlm.dataset repair {folder}, or copy the file again"
 
 

@@ -12,7 +12,7 @@ import torch
 from hvdlm.config import UserError
 from hvdlm.data.blend import ALONE, Blend, windows_of_samples
 from hvdlm.data.files import check_file
-from hvdlm.data.locality import chunks_within
+from hvdlm.data.locality import Chunks, chunks_within
 from hvdlm.data.order import first_windows, locate, permute, share_of, slot_seed, step_samples
 from hvdlm.data.prefetch import Prefetcher
 from hvdlm.data.readahead import ReadAhead
@@ -79,6 +79,8 @@ class Loader:
         plan: Equal on all ranks.
         share: (d, D), from the mesh; the ranks of one d read the same.
         prefetch_steps: Steps kept ready by threads; 0 = no thread, a step is read when it is asked for.
+        check_sizes: See at the start that every shard is there; off where the folders have only those
+            that will be read.
 
     Raises:
         UserError: A source's split has no sample, the batches do not divide, or one of this share's shards
@@ -95,6 +97,7 @@ class Loader:
         plan: BatchPlan,
         share: tuple[int, int],
         prefetch_steps: int,
+        check_sizes: bool = True,
     ) -> None:
         if plan.global_batch % plan.micro_batch:
             raise UserError(
@@ -105,11 +108,10 @@ class Loader:
         self._slots = share_of(plan.slots, share)
         self._counts = window_counts(sources, split, plan.seq_len)
         self._first = first_windows(tokens_of(sources, split), plan.seq_len)
-        token_bytes = np.dtype(sources[0].manifest.tokenizer.token_dtype).itemsize
-        self._chunks = chunks_within(plan.shuffle_mb, plan.seq_len * token_bytes)
+        self._chunks = chunks_of(sources, plan)
         self._prefetch_steps = prefetch_steps
         self._prefetcher: Prefetcher[StepBatch] | None = None
-        for folder, entry in shards_of(sources, split)[share[0] :: share[1]]:
+        for folder, entry in shards_of(sources, split)[share[0] :: share[1]] if check_sizes else ():
             check_file(folder / entry.name, entry.file_bytes)
 
     @property
@@ -190,6 +192,12 @@ class Loader:
     def _batch(self, step: int, slots: list[Slot]) -> StepBatch:
         first, end = step_samples(step, self._plan.global_batch)
         return StepBatch(step, first, end, self._plan.global_batch * self._plan.seq_len, slots)
+
+
+def chunks_of(sources: Sequence[Source], plan: BatchPlan) -> Chunks | None:
+    """The chunks that samples are shuffled within; None = over everything."""
+    token_bytes = np.dtype(sources[0].manifest.tokenizer.token_dtype).itemsize
+    return chunks_within(plan.shuffle_mb, plan.seq_len * token_bytes)
 
 
 def evaluation_batches(

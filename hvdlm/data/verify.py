@@ -15,6 +15,7 @@ from hvdlm.data.digests import digest_block
 from hvdlm.data.entries import BLOCK_TOKENS, ShardEntry
 from hvdlm.data.extents import read_block, read_whole
 from hvdlm.data.files import cure, open_checked
+from hvdlm.data.intervals import Intervals, at_positions, gaps, size, within
 from hvdlm.data.manifest import Manifest
 from hvdlm.data.order import share_of
 from hvdlm.data.sources import Source
@@ -51,11 +52,17 @@ class Problem:
         return self.message if self.block is None else f"block {self.block}: {self.message}"
 
 
+def block_count(manifest: Manifest) -> int:
+    """Blocks of a data set: they are numbered through all shards of the manifest in its order."""
+    return sum(entry.extents.block_xxh3.size for entry in manifest.shards)
+
+
 def verify_blocks(
     folder: Path,
     manifest: Manifest,
     *,
     share: tuple[int, int],
+    known: Intervals | None = None,
     bytes_per_s: float = 0.0,
     stop: threading.Event | None = None,
 ) -> Iterator[Problem]:
@@ -65,32 +72,26 @@ def verify_blocks(
         folder: The data set.
         manifest: Its manifest.
         share: (index, parts): each block belongs to exactly one index.
+        known: Blocks that are left out; the others are shared.
         bytes_per_s: Reads no faster; 0 = as fast as it goes.
         stop: Ends it early.
 
     Yields:
         One problem for each bad block, one for each unreadable shard.
     """
-    stop = stop or threading.Event()
-    counts = [entry.extents.block_xxh3.size for entry in manifest.shards]
-    own, before = share_of(sum(counts), share), 0
-    for entry, count in zip(manifest.shards, counts, strict=True):
-        blocks = range(max(own.start - before, 0), min(own.stop - before, count))
-        before += count
-        if blocks and not stop.is_set():
-            try:
-                yield from _block_problems(folder / entry.name, entry, blocks, _Brake(bytes_per_s, stop))
-            except UserError as error:
-                yield Problem.unreadable(folder / entry.name, error)
+    brake = _Brake(bytes_per_s, stop or threading.Event())
+    verdicts = _verdicts(folder, manifest, _share_of_unknown(manifest, share, known or []), brake)
+    return (problem for problem in verdicts if problem)
 
 
 @final
 class BackgroundVerifier:
-    """Runs `verify_blocks` over all sources once in a thread; the training loop asks for the outcome.
+    """Does as `verify_blocks` once, over all sources, in a thread; the training loop asks for the outcome.
 
     Args:
         sources: The data sets.
         share: (rank, ranks): everybody checks other blocks.
+        known: Blocks of each source that are left out; the others are shared.
         bytes_per_s: Reads no faster.
     """
 
@@ -99,18 +100,28 @@ class BackgroundVerifier:
         sources: Sequence[Source],
         *,
         share: tuple[int, int],
+        known: Sequence[Intervals] = (),
         bytes_per_s: float = BACKGROUND_BYTES_PER_S,
     ) -> None:
+        known = known or [[] for _ in sources]
+        self._shares = [
+            (source, _share_of_unknown(source.manifest, share, blocks))
+            for source, blocks in zip(sources, known, strict=True)
+        ]
         self._stop = threading.Event()
         self._problem: str | None = None
-        self._thread = threading.Thread(
-            target=self._run, args=(sources, share, bytes_per_s), name="verify", daemon=True
-        )
+        self._intact = [0] * len(sources)
+        self._thread = threading.Thread(target=self._run, args=(bytes_per_s,), name="verify", daemon=True)
         self._thread.start()
 
     def problem(self) -> str | None:
         """The first thing found wrong, with the cure; None so far."""
         return self._problem
+
+    def intact(self) -> list[Intervals]:
+        """The blocks of this share that match their digests, so far, of each source."""
+        counts = zip(self._shares, self._intact, strict=True)
+        return [at_positions(own, range(count)) for (_, own), count in counts]
 
     def done(self) -> bool:
         """Whether this share was checked to its end, or to its first problem."""
@@ -121,14 +132,16 @@ class BackgroundVerifier:
         self._stop.set()
         self._thread.join(timeout=5.0)
 
-    def _run(self, sources: Sequence[Source], share: tuple[int, int], bytes_per_s: float) -> None:
-        for folder, manifest in ((source.folder, source.manifest) for source in sources):
+    def _run(self, bytes_per_s: float) -> None:
+        brake = _Brake(bytes_per_s, self._stop)
+        for index, (source, own) in enumerate(self._shares):
+            folder = source.folder
             try:
-                for problem in verify_blocks(
-                    folder, manifest, share=share, bytes_per_s=bytes_per_s, stop=self._stop
-                ):
-                    self._problem = f"{folder / problem.file}: {problem.detail}; {cure(folder)}"
-                    return
+                for problem in _verdicts(folder, source.manifest, own, brake):
+                    if problem:
+                        self._problem = f"{folder / problem.file}: {problem.detail}; {cure(folder)}"
+                        return
+                    self._intact[index] += 1
             except Exception as error:
                 self._problem = f"{folder}: verification failed: {error!r}"
                 return
@@ -150,14 +163,35 @@ class _Brake:
         return self._stop.is_set()
 
 
-def _block_problems(path: Path, entry: ShardEntry, blocks: range, brake: _Brake) -> Iterator[Problem]:
+def _share_of_unknown(manifest: Manifest, share: tuple[int, int], known: Intervals) -> Intervals:
+    unknown = gaps(known, block_count(manifest))
+    return at_positions(unknown, share_of(size(unknown), share))
+
+
+def _verdicts(folder: Path, manifest: Manifest, own: Intervals, brake: _Brake) -> Iterator[Problem | None]:
+    """What is wrong with each block in turn; one verdict alone for a shard that cannot be read on."""
+    before = 0
+    for entry in manifest.shards:
+        end = before + entry.extents.block_xxh3.size
+        blocks = [block - before for block in within(own, before, end)]
+        before = end
+        if blocks and not brake.stopped_after(0):
+            try:
+                yield from _shard_verdicts(folder / entry.name, entry, blocks, brake)
+            except UserError as error:
+                yield Problem.unreadable(folder / entry.name, error)
+
+
+def _shard_verdicts(
+    path: Path, entry: ShardEntry, blocks: list[int], brake: _Brake
+) -> Iterator[Problem | None]:
     fd = open_checked(path, entry.file_bytes)
     try:
         stored = read_whole(fd, path, entry.extents.block_xxh3)
         for block in blocks:
             tokens = read_block(fd, path, entry, block)
-            if digest_block(tokens) != int(stored[block]):
-                yield Problem.in_block(entry, block)
+            intact = digest_block(tokens) == int(stored[block])
+            yield None if intact else Problem.in_block(entry, block)
             if brake.stopped_after(tokens.nbytes):
                 return
     finally:

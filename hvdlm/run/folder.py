@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ _FREE_KEYS = {
     "data.new_stage",
     "data.prefetch",
     "data.verify",
+    "data.stage",
 }
 _SCHEDULE_KEYS = {"train.steps", "train.tokens"}
 
@@ -46,6 +47,8 @@ class Start:
         stages: what it draws from, and drew from before.
         skipped_in_a_row: steps before this one that updated nothing.
         parent: the PATH of checkpoint.resume that the run began from, or ''.
+        verified: the blocks that earlier attempts found intact, as [[first, end), ...], of each data
+            set by its fingerprint.
     """
 
     attempt: int
@@ -55,6 +58,7 @@ class Start:
     stages: tuple[Stage, ...]
     skipped_in_a_row: int = 0
     parent: str = ""
+    verified: dict[str, list[list[int]]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """For telling other ranks."""
@@ -124,6 +128,7 @@ def open_run(
         stages,
         saved.state.get("skipped_in_a_row", 0),
         saved.state.get("parent", "") if is_own else str(Path(resume).resolve()),
+        _verified(saved.state, sources),
     )
 
 
@@ -166,6 +171,13 @@ def _choose(checkpoints: Path, resume: str) -> tuple[Path | None, list[str]]:
             f"checkpoint.resume={resume}; choose another train.out, or go on with --checkpoint.resume auto"
         )
     return own, notes
+
+
+def _verified(state: dict[str, Any], sources: tuple[StageSource, ...]) -> dict[str, list[list[int]]]:
+    """What is known of the sources' blocks: of a copy elsewhere, with the same fingerprint, nothing is."""
+    before = {(source.path, source.fingerprint) for source in saved_stages(state)[-1].sources}
+    here = {source.fingerprint for source in sources if (source.path, source.fingerprint) in before}
+    return {key: blocks for key, blocks in state.get("verified", {}).items() if key in here}
 
 
 def _compare(folder: Path, state: dict[str, Any], config: dict[str, Any], tokenizer: str) -> list[str]:

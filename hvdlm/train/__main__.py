@@ -19,8 +19,9 @@ from hvdlm.config.parse import DEFAULT_RECIPE, load_config
 from hvdlm.corpus import demo
 from hvdlm.run import crash, exit_record
 from hvdlm.run.folder import Start
+from hvdlm.train.agree import agree_on_start
 from hvdlm.train.loop import train
-from hvdlm.train.session import agree_on_start, open_session
+from hvdlm.train.session import open_session
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -64,7 +64,7 @@ def _check(s: Session, step: int, skipped_in_a_row: int, *, last: bool) -> None:
             f"or lengthen optim.warmup_steps, and begin anew or from a checkpoint in {s.run_folder}",
             EXIT_CRASH,
         )
-    if s.verifier and (problem := s.verifier.problem()):
+    if problem := s.checks.problem():
         raise UserError(problem)
 
 
@@ -72,7 +72,7 @@ def _validate(s: Session, step: int) -> None:
     if not s.config.eval.batches:
         return
     samples = evaluation_batches(
-        s.agreed.sources,
+        s.sources,
         "val",
         plan=batch_plan(s.config),
         share=(s.ranks.rank, s.ranks.size),
@@ -98,6 +98,7 @@ def _save(s: Session, step: int, skipped_in_a_row: int) -> None:
         "config": keys(s.config),
         "fingerprints": {"tokenizer": s.agreed.tokenizer.sha256},
         "stages": [asdict(stage) for stage in s.agreed.start.stages],
+        "verified": s.checks.gather(s.ranks),
         "eos_id": s.agreed.tokenizer.eos_id,
         "versions": {"hvdlm": __version__, "torch": torch.__version__},
     }

@@ -1,59 +1,32 @@
-"""What one attempt of a run works with, agreed on by all ranks and built."""
+"""What one attempt of a run works with, built from what the ranks have agreed on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from hvdlm.comm import device
-from hvdlm.comm.world import AgreedError, World
-from hvdlm.config import RunConfig, UserError, total_steps
-from hvdlm.config.parse import keys, to_toml
-from hvdlm.data.files import cure, write_atomic
+from hvdlm.comm.world import World
+from hvdlm.config import RunConfig, total_steps
+from hvdlm.data.files import write_atomic
 from hvdlm.data.loader import BatchPlan, Loader
-from hvdlm.data.manifest import Manifest, TokenizerInfo, read_tokenizer
+from hvdlm.data.manifest import TokenizerInfo
 from hvdlm.data.order import share_of
-from hvdlm.data.sources import Source, read_sources, window_counts
-from hvdlm.data.verify import BackgroundVerifier, verify_blocks
+from hvdlm.data.sources import Source
 from hvdlm.models import MODELS, pad_vocab
 from hvdlm.models.llama import load_hf_
 from hvdlm.parallel import STRATEGIES, Strategy
 from hvdlm.run import exit_record, restore, stop
-from hvdlm.run.folder import Start, discard_empty, make_folder, open_run
-from hvdlm.run.lease import Lease
+from hvdlm.run.folder import Start
 from hvdlm.run.ledger import Ledger
 from hvdlm.run.metrics import Metrics
-from hvdlm.run.stages import StageSource, check_epochs
+from hvdlm.train.agree import Agreed
+from hvdlm.train.checks import BlockChecks, begin_checks
 from hvdlm.train.headline import headline, sizes
-
-
-@dataclass(frozen=True)
-class Agreed:
-    """What all ranks know before they build anything.
-
-    `carried` are the small files that every checkpoint takes along, by name. `job_end_unix` is when
-    the job ends, in seconds since 1970; 0 where it has no end. Only rank 0 has the `lease`.
-    """
-
-    start: Start
-    sources: list[Source]
-    carried: dict[str, bytes]
-    job_end_unix: float
-    lease: Lease | None
-
-    def close(self) -> None:
-        """Give the run folder free."""
-        if self.lease:
-            self.lease.release()
-
-    @property
-    def tokenizer(self) -> TokenizerInfo:
-        """That of every source."""
-        return self.sources[0].manifest.tokenizer
+from hvdlm.train.staging import Wanted, stage_in
 
 
 @dataclass(frozen=True)
@@ -66,17 +39,18 @@ class Reports:
 
 @dataclass(frozen=True)
 class Session:
-    """One attempt of a run; only rank 0 has `reports`."""
+    """One attempt of a run; only rank 0 has `reports`. `sources` are where this rank reads from."""
 
     config: RunConfig
     steps: int
     run_folder: Path
     agreed: Agreed
     ranks: World
+    sources: list[Source]
     loader: Loader
     strategy: Strategy
     watch: stop.StopWatch
-    verifier: BackgroundVerifier | None
+    checks: BlockChecks
     reports: Reports | None
 
     def check_lease(self) -> None:
@@ -91,55 +65,12 @@ class Session:
     def close(self) -> None:
         """End the threads and close the files."""
         self.loader.close()
-        if self.verifier:
-            self.verifier.close()
+        self.checks.close()
         if self.reports:
             self.reports.ledger.close()
             self.reports.metrics.close()
         self.agreed.close()
         self.watch.close()
-
-
-def agree_on_start(config: RunConfig, run_folder: Path, ranks: World, *, job_end_unix: float = 0.0) -> Agreed:
-    """Read the manifests and the run folder on rank 0, and tell all ranks what it knows.
-
-    Raises:
-        AgreedError: a data set is missing or damaged, or would be read too often, or the run cannot
-            go on so.
-
-    Collective: yes.
-    """
-    leases: list[Lease] = []
-
-    def read() -> dict[str, Any]:
-        sources = read_sources(config.data.weights)
-        first = sources[0]
-        make_folder(run_folder)
-        leases.append(Lease(run_folder))
-        start = _open_run(config, run_folder, sources)
-        return {
-            "sources": [(str(source.folder), source.manifest.to_json()) for source in sources],
-            "start": start.to_json(),
-            "tokenizer": read_tokenizer(first.folder, first.manifest.tokenizer).decode(),
-            "job_end_unix": job_end_unix,
-        }
-
-    try:
-        agreed = ranks.on_root(read, name="start.agree")
-    except AgreedError:
-        for lease in leases:
-            lease.release()
-            discard_empty(run_folder)
-        raise
-    carried = {"config.toml": to_toml(config).encode(), "tokenizer.json": agreed["tokenizer"].encode()}
-    sources = [Source(Path(folder), Manifest.from_json(text)) for folder, text in agreed["sources"]]
-    return Agreed(
-        Start.from_json(agreed["start"]),
-        sources,
-        carried,
-        agreed["job_end_unix"],
-        leases[0] if leases else None,
-    )
 
 
 def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agreed) -> Session:
@@ -160,8 +91,11 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
         watch_file=ranks.is_root,
         deadline_unix=stop.deadline(agreed.job_end_unix, config.train.stop_margin_s),
     )
-    loader = _open_loader(config, agreed, ranks)
-    verifier = _verify(config, agreed.sources, ranks)
+    sources, notes = _stage(config, agreed, ranks, watch)
+    loader = _open_loader(config, agreed, sources, ranks)
+    # What is staged was compared with its digests to the last byte.
+    when = config.data.verify if sources == agreed.sources else "off"
+    checks = begin_checks(when, sources, known=start.verified, ranks=ranks)
     model = build_model(config, agreed.tokenizer, ranks, resumed=bool(start.checkpoint))
     strategy = _build_strategy(config, model, ranks)
     if start.checkpoint:
@@ -171,36 +105,26 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
     reports = None
     if ranks.is_root:
         reports = _open_reports(config, run_folder, start, ranks=ranks, model=model)
-        for line in headline(config, run_folder, start, ranks=ranks, model=model):
-            reports.metrics.say(line)
-        for line in sizes(config, agreed.sources, start, windows=loader.windows, ranks=ranks):
+        for line in (
+            *headline(config, run_folder, start, ranks=ranks, model=model),
+            *sizes(config, agreed.sources, start, windows=loader.windows, ranks=ranks),
+            *notes,
+            *checks.notes,
+        ):
             reports.metrics.say(line)
     return Session(
-        config, total_steps(config), run_folder, agreed, ranks, loader, strategy, watch, verifier, reports
-    )
-
-
-def _open_run(config: RunConfig, run_folder: Path, sources: list[Source]) -> Start:
-    """How the run starts, once it is known that no source will be read too often."""
-    start = open_run(
-        run_folder,
-        resume=config.checkpoint.resume,
-        config=keys(config),
-        tokenizer=sources[0].manifest.tokenizer.sha256,
-        sources=tuple(
-            StageSource(folder, source.manifest.fingerprint, weight)
-            for (folder, weight), source in zip(config.data.weights.items(), sources, strict=True)
-        ),
-    )
-    limits = [config.data.epoch_limit(folder) for folder in config.data.weights]
-    check_epochs(
-        start.stages,
-        list(zip(window_counts(sources, "train", config.data.seq_len), limits, strict=True)),
+        config=config,
         steps=total_steps(config),
-        global_batch=config.train.global_batch,
-        seed=config.train.seed,
+        run_folder=run_folder,
+        agreed=agreed,
+        ranks=ranks,
+        sources=sources,
+        loader=loader,
+        strategy=strategy,
+        watch=watch,
+        checks=checks,
+        reports=reports,
     )
-    return start
 
 
 def batch_plan(config: RunConfig) -> BatchPlan:
@@ -217,27 +141,35 @@ def _mark_running(run_folder: Path, agreed: Agreed) -> None:
     exit_record.write(run_folder, "running", attempt=agreed.start.attempt, step=agreed.start.step)
 
 
-def _open_loader(config: RunConfig, agreed: Agreed, ranks: World) -> Loader:
-    return Loader(
+def _stage(
+    config: RunConfig, agreed: Agreed, ranks: World, watch: stop.StopWatch
+) -> tuple[list[Source], list[str]]:
+    """Where this rank reads the data from, and lines for the user."""
+    if not config.data.stage:
+        return agreed.sources, []
+    wanted = Wanted(
         agreed.sources,
+        agreed.start.stages[-1].blend,
+        config.data.stage,
+        batch_plan(config),
+        start_step=agreed.start.step,
+        end_step=total_steps(config),
+        val=config.eval.batches > 0,
+    )
+    sources, note = stage_in(wanted, ranks, wants_stop=lambda: watch.requested)
+    return sources, [note]
+
+
+def _open_loader(config: RunConfig, agreed: Agreed, sources: list[Source], ranks: World) -> Loader:
+    return Loader(
+        sources,
         "train",
         blend=agreed.start.stages[-1].blend,
         plan=batch_plan(config),
         share=(ranks.rank, ranks.size),
         prefetch_steps=config.data.prefetch,
+        check_sizes=sources == agreed.sources,
     )
-
-
-def _verify(config: RunConfig, sources: list[Source], ranks: World) -> BackgroundVerifier | None:
-    """Check this rank's share of the shards' blocks: now, in a thread, or not."""
-    share = (ranks.rank, ranks.size)
-    if config.data.verify == "background":
-        return BackgroundVerifier(sources, share=share)
-    if config.data.verify == "before":
-        for source in sources:
-            for problem in verify_blocks(source.folder, source.manifest, share=share):
-                raise UserError(f"{source.folder / problem.file}: {problem.detail}; {cure(source.folder)}")
-    return None
 
 
 def build_model(config: RunConfig, tokenizer: TokenizerInfo, ranks: World, *, resumed: bool) -> nn.Module:

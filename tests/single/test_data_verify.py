@@ -27,8 +27,9 @@ from hvdlm.data.entries import BLOCK_TOKENS, Extent, Extents, ShardEntry
 from hvdlm.data.manifest import Manifest, write_manifest
 from hvdlm.data.shards import write_shard
 from hvdlm.data.sources import Source
-from hvdlm.data.verify import BackgroundVerifier, verify_blocks
+from hvdlm.data.verify import BackgroundVerifier, block_count, verify_blocks
 from hvdlm.data.verify_all import Verification, share_by_size, verify_folder, verify_shard
+from tests import helpers
 
 SIZES = {"train-00000": BLOCK_TOKENS * 2 + 5, "train-00001": 3000, "val-00000": BLOCK_TOKENS + 1}
 BLOCKS = 3 + 1 + 2
@@ -159,6 +160,39 @@ def test_shares_check_every_block_exactly_once(data: tuple[Path, Manifest], part
     places = [(problem.file, problem.block) for share in shares for problem in share]
     assert len(places) == len(set(places)) == BLOCKS
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("known", [[], [[0, 2]], [[1, 2], [3, 5]], [[2, 6]], [[0, BLOCKS]]])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_known_blocks_are_left_out_and_the_others_shared(
+    data: tuple[Path, Manifest], known: list[list[int]], parts: int
+) -> None:
+    folder, manifest = data
+    assert block_count(manifest) == BLOCKS
+    for entry in manifest.shards:
+        table = entry.extents.block_xxh3
+        overwrite(folder / entry.name, table.offset, bytes(8 * table.size))
+    shares = [list(verify_blocks(folder, manifest, share=(d, parts), known=known)) for d in range(parts)]
+    places = [(problem.file, problem.block) for share in shares for problem in share]
+    every = [(entry.name, k) for entry in manifest.shards for k in range(entry.extents.block_xxh3.size)]
+    assert places == [place for k, place in enumerate(every) if not any(a <= k < b for a, b in known)]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_the_background_verifier_tells_what_it_found_intact(data: tuple[Path, Manifest]) -> None:
+    folder, manifest = data
+    verifier = BackgroundVerifier([Source(folder, manifest)], share=(0, 1), known=[[[1, 3]]])
+    wait_for(verifier)
+    assert verifier.intact() == [[[0, 1], [3, BLOCKS]]]
+    flip_bit(folder / "val-00000.h5", manifest.shards[2].extents.tokens.offset)
+    verifier = BackgroundVerifier([Source(folder, manifest)], share=(0, 1), known=[[[1, 3]]])
+    wait_for(verifier)
+    assert verifier.intact() == [[[0, 1], [3, 4]]]
+    assert "val-00000.h5: block 0" in str(verifier.problem())
+    verifier = BackgroundVerifier([Source(folder, manifest)], share=(1, 2), bytes_per_s=1.0)
+    helpers.wait_until(lambda: bool(verifier.intact()[0]), within_s=10, what="a block was read")
+    verifier.close()
+    assert verifier.intact() == [[[3, 4]]], "then it slept"
 
 
 def test_verification_keeps_to_its_speed_and_stops_when_asked(data: tuple[Path, Manifest]) -> None:

@@ -1,0 +1,90 @@
+"""The verification of data sets over all attempts of a run: which blocks were ever found intact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias, final
+
+from hvdlm.comm.world import World
+from hvdlm.config import UserError
+from hvdlm.data.files import cure
+from hvdlm.data.intervals import Intervals, merge, size
+from hvdlm.data.sources import Source
+from hvdlm.data.verify import BackgroundVerifier, block_count, verify_blocks
+
+Known: TypeAlias = dict[str, Intervals]
+"""Blocks that were found intact, of each data set by its fingerprint."""
+
+
+@final
+@dataclass(frozen=True)
+class BlockChecks:
+    """What is known of the blocks of a run's sources, and this rank's thread that finds out more.
+
+    Attributes:
+        known: what was known before that thread started.
+        sources: what the thread goes through, in its order.
+        verifier: the thread; None where nothing is left to it.
+        notes: lines for the user.
+    """
+
+    known: Known
+    sources: Sequence[Source] = ()
+    verifier: BackgroundVerifier | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def problem(self) -> str | None:
+        """The first bad block that this rank has found, with the cure; None so far."""
+        return self.verifier.problem() if self.verifier else None
+
+    def gather(self, ranks: World) -> Known:
+        """The blocks that any rank of any attempt has found intact so far.
+
+        Collective: yes.
+        """
+        own = self.verifier.intact() if self.verifier else []
+        everywhere = ranks.gather_json(own, name="checks.intact")
+        found = dict(self.known)
+        for index, source in enumerate(self.sources):
+            key = source.manifest.fingerprint
+            # A rank whose share is empty has a thread all the same, so every list is as long.
+            intact = (interval for of_rank in everywhere for interval in of_rank[index])
+            found[key] = merge([*found.get(key, []), *intact])
+        return found
+
+    def close(self) -> None:
+        """End the thread."""
+        if self.verifier:
+            self.verifier.close()
+
+
+def begin_checks(when: str, sources: Sequence[Source], *, known: Known, ranks: World) -> BlockChecks:
+    """Check this rank's share of the sources' blocks: now, in a thread, or not.
+
+    Args:
+        when: `data.verify`. "before" reads every block again, as a file can rot since it was read.
+        sources: the data sets.
+        known: blocks that earlier attempts found intact; a thread leaves them out.
+        ranks: who share the others, however many they were earlier.
+
+    Raises:
+        UserError: "before" found a bad block.
+    """
+    share = (ranks.rank, ranks.size)
+    if when == "before":
+        for source in sources:
+            for problem in verify_blocks(source.folder, source.manifest, share=share):
+                raise UserError(f"{source.folder / problem.file}: {problem.detail}; {cure(source.folder)}")
+        # The other ranks' blocks too: who finds a bad one ends the run before any checkpoint.
+        return BlockChecks({s.manifest.fingerprint: [[0, block_count(s.manifest)]] for s in sources})
+    if when == "off":
+        return BlockChecks(known)
+    of_sources = [known.get(source.manifest.fingerprint, []) for source in sources]
+    done, blocks = sum(map(size, of_sources)), sum(block_count(source.manifest) for source in sources)
+    percent = 100 * done // blocks
+    notes = [f"verification: {percent} % known from earlier attempts"] if percent else []
+    if done == blocks:
+        return BlockChecks(known, notes=notes)
+    verifier = BackgroundVerifier(sources, share=share, known=of_sources)
+    return BlockChecks(known, sources, verifier, notes)
