@@ -64,7 +64,8 @@ def _evaluate(args: argparse.Namespace, ranks: World) -> dict[str, object]:
     # Each for itself, the ranks of a run that still trains would open different ones.
     chosen = ranks.on_root(lambda: str(open_checkpoint(Path(args.run)).folder), name="evaluate.checkpoint")
     trained = open_trained(reopen(Path(chosen)), args.device, local_rank=ranks.local_rank)
-    data_folder, train = Path(args.data_path or trained.data.path), trained.train
+    data, train = trained.data, trained.train
+    data_folder = Path(args.data_path or data.path)
     manifest = Manifest.from_json(
         ranks.on_root(lambda: _read_fitting(data_folder, trained).to_json(), name="evaluate.manifest")
     )
@@ -72,7 +73,9 @@ def _evaluate(args: argparse.Namespace, ranks: World) -> dict[str, object]:
         data_folder,
         manifest,
         args.split,
-        plan=BatchPlan(trained.data.seq_len, train.global_batch, train.micro_batch, train.seed),
+        plan=BatchPlan(
+            data.seq_len, train.global_batch, train.micro_batch, train.seed, document_mask=data.document_mask
+        ),
         share=(ranks.rank, ranks.size),
         limit_batches=0,
     )

@@ -46,6 +46,8 @@ class DataConfig:
     """Steps read ahead by the loader's threads; 0 = no threads, a step is read when it is due."""
     verify: Literal["background", "before", "off"] = "background"
     """When each rank checks its share of the shards' block digests."""
+    document_mask: bool = False
+    """Confine attention to the token's own document, whose positions begin at 0."""
 
 
 @dataclass(frozen=True)

@@ -161,8 +161,10 @@ def _fingerprints(manifest: Manifest) -> dict[str, str]:
 
 def batch_plan(config: RunConfig) -> BatchPlan:
     """What a step consists of."""
-    train = config.train
-    return BatchPlan(config.data.seq_len, train.global_batch, train.micro_batch, train.seed)
+    data, train = config.data, config.train
+    return BatchPlan(
+        data.seq_len, train.global_batch, train.micro_batch, train.seed, document_mask=data.document_mask
+    )
 
 
 def _mark_running(run_folder: Path, agreed: Agreed) -> None:
