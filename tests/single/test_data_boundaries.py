@@ -79,19 +79,15 @@ def test_positions_are_those_of_the_offsets_on_disk(
     assert positions.tolist() == [naive(path, first, 16) for first in firsts]
 
 
-def uneven_lengths() -> list[int]:
-    """Long documents first, then very many short ones: every first guess is far off."""
-    return [50_000, 20_000, *np.random.default_rng(0).integers(1, 5, 60_000).tolist(), 40_000]
-
-
 def test_a_search_is_short_whatever_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = uneven_lengths()
+    """Short documents before a long one: interpolation alone would go through them page by page."""
+    lengths = [*np.random.default_rng(0).integers(1, 5, 60_000).tolist(), 4_000_000]
     offsets = np.cumsum(lengths)
     found = open_boundaries(tmp_path, write_documents(tmp_path, [lengths]), seq_len=64)
     reads = []
     whole = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: reads.append(at) or whole(fd, views, at))
-    for first in np.random.default_rng(1).integers(0, offsets[-1] - 64, 300).tolist():
+    for first in np.random.default_rng(1).integers(0, offsets[-2] + 1000, 300).tolist():
         reads.clear()
         starts = found.starts(0, first)
         inside = offsets[(offsets > first) & (offsets < first + 64)] - first
@@ -150,6 +146,19 @@ def test_damaged_offsets_are_named_with_the_cure(tmp_path: Path, index: int, val
     cure = rf"run python -m hvdlm.dataset repair {tmp_path}, "
     with pytest.raises(UserError, match=rf"{path}: its doc_offsets do not rise from 0 to 400: .*{cure}"):
         next(loader.steps(0))
+
+
+def test_offsets_that_rise_beyond_what_documents_allow_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen in any page, also where nothing else is wrong with it."""
+    monkeypatch.setattr(boundaries, "PAGE_OFFSETS", 4)
+    manifest = write_documents(tmp_path, [[1] * 70])
+    extent, found = manifest.shards[0].extents.doc_offsets, open_boundaries(tmp_path, manifest, seq_len=2)
+    for wrong in (np.arange(31, 61), np.arange(29, 59)):
+        overwrite(tmp_path / "train-00000.h5", extent.offset + 8 * 30, wrong.tobytes())
+        with pytest.raises(UserError, match="doc_offsets do not rise"):
+            found.positions([0], [45])
 
 
 @pytest.mark.parametrize("seed", range(30))
