@@ -22,7 +22,7 @@ class Boundaries:
     """Finds the documents of windows of one split; for one thread.
 
     /doc_offsets is searched on disk, by interpolation, and nothing of it is kept: memory does not
-    depend on the number of documents or shards. Two or three small reads a window.
+    depend on the number of documents or shards. A small read or two a window where documents lie shuffled.
 
     Args:
         paths: Of the split's shards.
