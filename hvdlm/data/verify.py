@@ -1,4 +1,4 @@
-"""Are the tokens on disk those that were written? Block digests, compared while training runs."""
+"""Are the tokens and documents on disk those that were written? Digests, compared while training runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import final
 
 from hvdlm.config import UserError
-from hvdlm.data.digests import digest_block
+from hvdlm.data.digests import digest_block, digest_content
 from hvdlm.data.entries import BLOCK_TOKENS, ShardEntry
 from hvdlm.data.extents import read_block, read_whole
 from hvdlm.data.files import cure, open_checked
@@ -63,7 +63,7 @@ def verify_blocks(
     Args:
         folder: The data set.
         manifest: Its manifest.
-        share: (index, parts): each block belongs to exactly one index.
+        share: (index, parts): each block belongs to exactly one index; doc_offsets go with the first block.
         bytes_per_s: Reads no faster; 0 = as fast as it goes.
         stop: Ends it early.
 
@@ -152,12 +152,18 @@ class _Brake:
 def _block_problems(path: Path, entry: ShardEntry, blocks: range, brake: _Brake) -> Iterator[Problem]:
     fd = open_checked(path, entry.file_bytes)
     try:
-        stored = read_whole(fd, path, entry.extents.block_xxh3)
+        stored, damaged = read_whole(fd, path, entry.extents.block_xxh3), False
         for block in blocks:
             tokens = read_block(fd, path, entry, block)
             if digest_block(tokens) != int(stored[block]):
+                damaged = True
                 yield Problem.in_block(entry, block)
             if brake.stopped_after(tokens.nbytes):
                 return
+        if blocks.start == 0 and not damaged:
+            offsets = read_whole(fd, path, entry.extents.doc_offsets)
+            if digest_content(stored, offsets) != entry.content_xxh3_128:
+                yield Problem(entry.name, None, "its doc_offsets or its block digests are damaged")
+            brake.stopped_after(offsets.nbytes)
     finally:
         os.close(fd)
