@@ -65,7 +65,8 @@ def _evaluate(args: argparse.Namespace, ranks: World) -> dict[str, object]:
     # Each for itself, the ranks of a run that still trains would open different ones.
     chosen = ranks.on_root(lambda: str(open_checkpoint(Path(args.run)).folder), name="evaluate.checkpoint")
     trained = open_trained(reopen(Path(chosen)), args.device, local_rank=ranks.local_rank)
-    folders, train = [args.data_path] if args.data_path else list(trained.data.weights), trained.train
+    data, train = trained.data, trained.train
+    folders = [args.data_path] if args.data_path else list(data.weights)
     texts = ranks.on_root(
         lambda: [source.manifest.to_json() for source in _read_fitting(folders, trained)],
         name="evaluate.manifests",
@@ -74,7 +75,9 @@ def _evaluate(args: argparse.Namespace, ranks: World) -> dict[str, object]:
     batches = evaluation_batches(
         sources,
         args.split,
-        plan=BatchPlan(trained.data.seq_len, train.global_batch, train.micro_batch, train.seed),
+        plan=BatchPlan(
+            data.seq_len, train.global_batch, train.micro_batch, train.seed, document_mask=data.document_mask
+        ),
         share=(ranks.rank, ranks.size),
         limit_batches=0,
     )

@@ -32,7 +32,7 @@ from hvdlm.data.sources import read_sources
 from hvdlm.data.verify import BackgroundVerifier
 
 _VOCAB_SIZE, _EOS = 50257, 50256
-_DOCUMENT_TOKENS = 1000
+_DOCUMENT_TOKENS = 1000  # On average; their lengths vary as widely as real ones.
 _WARM_UP_BATCHES = 16  # More than any reader keeps ready.
 _OWN, _VERIFYING = "hvdlm", "hvdlm, verifying"
 _LIBRARIES = ("h5py", "litdata", "mosaicml-streaming", "numpy", "torch")
@@ -91,8 +91,9 @@ def write_data(folder: Path, tokens: int, shards: int) -> None:
     entries, size = [], tokens // shards
     with (folder / readers.FLAT_FILE).open("wb") as flat:
         for shard in range(shards):
-            ids = np.random.default_rng(shard).integers(0, _EOS, size, dtype=np.uint16)
-            ids[_DOCUMENT_TOKENS - 1 :: _DOCUMENT_TOKENS] = ids[-1] = _EOS
+            rng = np.random.default_rng(shard)
+            ids = rng.integers(0, _EOS, size, dtype=np.uint16)
+            ids[rng.random(size, np.float32) < 1 / _DOCUMENT_TOKENS] = ids[-1] = _EOS
             ids.tofile(flat)
             offsets = np.concatenate([[0], np.flatnonzero(ids == _EOS) + 1])
             path = folder / f"train-{shard:05}.h5"

@@ -28,9 +28,9 @@ _LITDATA_ITEM_TOKENS = 1 << 16  # Its chunks end between items.
 Reader = Callable[[Path], Iterator[Any]]
 
 
-def hvdlm_loader(folder: Path, *, prefetch_steps: int = 0) -> Iterator[Any]:
+def hvdlm_loader(folder: Path, *, prefetch_steps: int = 0, document_mask: bool = False) -> Iterator[Any]:
     """This project's loader: order, look-up, checks; in this thread, or read ahead by its own."""
-    plan = BatchPlan(SEQ_LEN, BATCH, BATCH, seed=0)
+    plan = BatchPlan(SEQ_LEN, BATCH, BATCH, seed=0, document_mask=document_mask)
     sources = read_sources([str(folder)])
     loader = Loader(sources, "train", plan=plan, share=(0, 1), prefetch_steps=prefetch_steps)
     try:
@@ -130,6 +130,7 @@ def mosaicml_streaming(folder: Path) -> Iterator[Any]:
 READERS: dict[str, Reader] = {
     "hvdlm": hvdlm_loader,
     "hvdlm, read ahead": functools.partial(hvdlm_loader, prefetch_steps=4),
+    "hvdlm masked": functools.partial(hvdlm_loader, document_mask=True),
     "bare preadv": bare_preadv,
     "nanoGPT": nanogpt,
     "h5py": h5py_slices,

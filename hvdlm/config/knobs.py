@@ -54,6 +54,8 @@ class DataConfig:
     """When each rank checks its share of the shards' block digests; staged shards are always checked."""
     stage: str = ""
     """Folder on each node's own disk, such as $TMPDIR, to copy the shards to that it needs; '' = none."""
+    document_mask: bool = False
+    """Confine attention to the token's own document, whose positions begin at 0."""
 
     @property
     def weights(self) -> dict[str, int]:

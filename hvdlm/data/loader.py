@@ -32,13 +32,15 @@ Place: TypeAlias = tuple[int, list[list[int]], list[list[int]]]
 @dataclass(frozen=True)
 class BatchPlan:
     """What a step consists of: samples of `seq_len` tokens, `global_batch` of them in micro-slots of
-    `micro_batch`, in the order of `seed`, shuffled within `shuffle_mb` MiB (0 = over everything)."""
+    `micro_batch`, in the order of `seed`, shuffled within `shuffle_mb` MiB (0 = over everything); with
+    `document_mask` batches also have "positions"."""
 
     seq_len: int
     global_batch: int
     micro_batch: int
     seed: int
     shuffle_mb: int = 0
+    document_mask: bool = False
 
     @property
     def slots(self) -> int:
@@ -49,7 +51,8 @@ class BatchPlan:
 @dataclass(frozen=True, eq=False)
 class Slot:
     """One forward and backward pass: its index in the step, the seed of its random numbers, and
-    "tokens" and "labels" int64 [micro_batch, seq_len], which are views of one buffer."""
+    "tokens" and "labels" int64 [micro_batch, seq_len], which are views of one buffer; with a document
+    mask also "positions", int64 [micro_batch, seq_len], of each token in its document."""
 
     index: int
     rng_seed: int
@@ -59,7 +62,8 @@ class Slot:
 @dataclass(frozen=True, eq=False)
 class StepBatch:
     """This share of one step, counted from 1, which takes the samples [first_sample, end_sample).
-    `label_count` is the number of labels in the whole global batch."""
+    `label_count` is the number of labels in the whole global batch: all of them, also with a document
+    mask, under which a document's eos predicts the next one's first token from its own document alone."""
 
     step: int
     first_sample: int
@@ -148,7 +152,11 @@ class Loader:
         """One thread's steps: every `stride`-th from `first_step`."""
         plan = self._plan
         reader = WindowReader(
-            self._sources, self._split, seq_len=plan.seq_len, max_open=MAX_OPEN_FILES // stride
+            self._sources,
+            self._split,
+            seq_len=plan.seq_len,
+            max_open=MAX_OPEN_FILES // stride,
+            with_positions=plan.document_mask,
         )
         shape = (len(self._slots), plan.micro_batch, plan.seq_len + 1)
         recycler = Recycler(shape, limit=self._prefetch_steps + 2)
@@ -220,7 +228,8 @@ def evaluation_batches(
             predicted once.
 
     Yields:
-        "tokens" and "labels" int64 [m, T]; labels are -100 after the end of a shard.
+        "tokens" and "labels" int64 [m, T]; labels are -100 after the end of a shard. With a document mask
+        also "positions" int64 [m, T]; every label counts as without one.
 
     Raises:
         UserError: At the first step: the split has no sample; later: as `WindowReader.read`.
@@ -233,7 +242,9 @@ def evaluation_batches(
     if not n:
         raise UserError(no_window(sources, split, seq_len if limit_samples else 1))
     own = share_of(min(n, limit_samples) if limit_samples else n, share)
-    reader = WindowReader(sources, split, seq_len=seq_len, max_open=MAX_OPEN_FILES)
+    reader = WindowReader(
+        sources, split, seq_len=seq_len, max_open=MAX_OPEN_FILES, with_positions=plan.document_mask
+    )
     try:
         for start in range(own.start, own.stop, plan.micro_batch):
             windows = np.arange(start, min(start + plan.micro_batch, own.stop))

@@ -1,4 +1,4 @@
-"""Are the tokens on disk those that were written? Block digests, compared while training runs."""
+"""Are the tokens and documents on disk those that were written? Digests, compared while training runs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+import numpy as np
+
 from hvdlm.config import UserError
-from hvdlm.data.digests import digest_block
+from hvdlm.data.digests import digest_block, digest_content
 from hvdlm.data.entries import BLOCK_TOKENS, ShardEntry
 from hvdlm.data.extents import read_block, read_whole
 from hvdlm.data.files import cure, open_checked
@@ -71,7 +73,7 @@ def verify_blocks(
     Args:
         folder: The data set.
         manifest: Its manifest.
-        share: (index, parts): each block belongs to exactly one index.
+        share: (index, parts): each block belongs to exactly one index; doc_offsets go with the first block.
         known: Blocks that are left out; the others are shared.
         bytes_per_s: Reads no faster; 0 = as fast as it goes.
         stop: Ends it early.
@@ -191,8 +193,19 @@ def _shard_verdicts(
         for block in blocks:
             tokens = read_block(fd, path, entry, block)
             intact = digest_block(tokens) == int(stored[block])
-            yield None if intact else Problem.in_block(entry, block)
+            problem = None if intact else Problem.in_block(entry, block)
+            if intact and block == 0:
+                problem = _table_problem(fd, path, entry, stored)
+            yield problem
             if brake.stopped_after(tokens.nbytes):
                 return
     finally:
         os.close(fd)
+
+
+def _table_problem(fd: int, path: Path, entry: ShardEntry, stored: np.ndarray) -> Problem | None:
+    """Whether a shard's tables are those of its content digest: /doc_offsets and the block digests."""
+    offsets = read_whole(fd, path, entry.extents.doc_offsets)
+    if digest_content(stored, offsets) == entry.content_xxh3_128:
+        return None
+    return Problem(entry.name, None, "its doc_offsets or its block digests are damaged")

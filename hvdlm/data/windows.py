@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from hvdlm.config import UserError
+from hvdlm.data.boundaries import Boundaries
 from hvdlm.data.files import OpenFiles, cure, read_exactly, refuse_read
 from hvdlm.data.sources import Source, shards_of
 
@@ -28,9 +29,18 @@ class WindowReader:
         split: "train" or "val".
         seq_len: T; a full window has T + 1 tokens.
         max_open: Files kept open at a time.
+        with_positions: Also give the position of each token in its document.
     """
 
-    def __init__(self, sources: Sequence[Source], split: str, *, seq_len: int, max_open: int) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        split: str,
+        *,
+        seq_len: int,
+        max_open: int,
+        with_positions: bool = False,
+    ) -> None:
         shards = shards_of(sources, split)
         self._paths = [folder / entry.name for folder, entry in shards]
         self._extents = [(entry.extents.tokens.offset, entry.tokens) for _, entry in shards]
@@ -42,6 +52,10 @@ class WindowReader:
         self._seq_len = seq_len
         self._raw = np.empty((0, seq_len + 1), self._dtype)
         self._rows: list[memoryview] = []
+        self._boundaries: Boundaries | None = None
+        if with_positions:
+            entries = [entry for _, entry in shards]
+            self._boundaries = Boundaries(self._paths, entries, self._files, seq_len=seq_len)
 
     def read(
         self, shards: Sequence[int], firsts: Sequence[int], *, out: np.ndarray | None = None
@@ -55,7 +69,8 @@ class WindowReader:
 
         Returns:
             "tokens" and "labels", int64 [m, T]: views of one buffer, the labels one column further.
-            Past the end of a short window tokens are 0 and labels -100.
+            Past the end of a short window tokens are 0 and labels -100. With positions also "positions",
+            int64 [m, T], as `Boundaries.positions`.
 
         Raises:
             UserError: A file is missing, changed or broken, or holds an id that the tokenizer has not.
@@ -70,7 +85,10 @@ class WindowReader:
             tokens[row, count - 1 :] = 0
             labels[row, count - 1 :] = IGNORED_LABEL
         # Slicing is numpy's: torch takes ten times as long.
-        return {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
+        batch = {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
+        if self._boundaries is not None:
+            batch["positions"] = torch.from_numpy(self._boundaries.positions(shards, firsts))
+        return batch
 
     def will_need(self, shard: int, first: int, tokens: int) -> None:
         """Tell the kernel that so many tokens of a shard will be read.

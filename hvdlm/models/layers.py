@@ -16,6 +16,9 @@ from typing import final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from hvdlm.models.masks import attend_in_blocks
 
 
 @final
@@ -124,7 +127,10 @@ def rotary_table(
 
 
 def rotate(x_BTHK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
-    """Turn each pair (i, i + K/2) of a head by its position's angle; shape and dtype stay."""
+    """Turn each pair (i, i + K/2) of a head by its position's angle; shape and dtype stay.
+
+    The tables may also be [B, T, 1, K], where positions differ between sequences.
+    """
     cos_T1K, sin_T1K = cos_T1K.to(x_BTHK.dtype), sin_T1K.to(x_BTHK.dtype)
     return x_BTHK * cos_T1K + x_BTHK.roll(x_BTHK.shape[-1] // 2, -1) * sin_T1K
 
@@ -147,13 +153,19 @@ class Attention(nn.Module):
         self.out = new_linear(width, width)
 
     def forward(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None = None, layer: int = 0
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | BlockMask | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]; with a cache also reads, and adds to, the positions before.
 
         Args:
             x_BTD: normalised residual stream.
             rotary: `rotary_table` of these T positions.
+            mask: from `hvdlm.models.masks`; None = all T positions see those before them.
             cache: keys and values of the positions before.
             layer: this layer's index in the cache.
         """
@@ -161,23 +173,23 @@ class Attention(nn.Module):
         q_BHTK = rotate(self.query(x_BTD).view(heads), *rotary).transpose(1, 2)
         k_BGSK = rotate(self.key(x_BTD).view(heads), *rotary).transpose(1, 2)
         v_BGSK = self.value(x_BTD).view(heads).transpose(1, 2)
-        mask = None
         if cache is not None:
-            mask = causal_mask(cache.length, x_BTD)
             k_BGSK, v_BGSK = cache.put(layer, k_BGSK, v_BGSK)
         y_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, mask=mask)
         return self.out(y_BHTK.transpose(1, 2).flatten(2))
 
 
-def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, *, mask: Tensor | None) -> Tensor:
+def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, *, mask: Tensor | BlockMask | None) -> Tensor:
     """Causal scaled dot-product attention -> [B, H, T, K].
 
     Args:
         q_BHTK: queries; without a mask, one position that sees all S, or T = S positions.
         k_BGSK: keys.
         v_BGSK: values.
-        mask: bool [T, S], true where attention is allowed.
+        mask: bool, broadcasts to [B, H, T, S], true where attention is allowed; or a block mask.
     """
+    if isinstance(mask, BlockMask):
+        return attend_in_blocks(q_BHTK, k_BGSK, v_BGSK, mask)
     kind = q_BHTK.device.type
     if kind == "cpu":
         # At short sequences torch's CPU attention is 2.4 times slower in bf16 than in fp32 (measured, T 128).
@@ -192,22 +204,6 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, *, mask: Tensor | Non
             # Measured on a CPU: 5 to 10 % faster than repeating keys and values.
             enable_gqa=q_BHTK.shape[1] != k_BGSK.shape[1],
         )
-
-
-def causal_mask(before: int, x_BTD: Tensor) -> Tensor | None:
-    """Mask of T positions that follow `before` cached ones.
-
-    `is_causal` of scaled_dot_product_attention aligns a non-square mask to the top left,
-    which is wrong after a cache.
-
-    Returns:
-        bool [T, S], true where attention is allowed; None where no explicit mask is needed.
-    """
-    positions = x_BTD.shape[1]
-    if before == 0 or positions == 1:
-        return None
-    allowed = torch.ones(positions, before + positions, dtype=torch.bool, device=x_BTD.device)
-    return allowed.tril(before)
 
 
 @final

@@ -12,9 +12,11 @@ from typing import final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from hvdlm.config import ModelConfig
 from hvdlm.models.layers import Attention, KVCache, RMSNorm, SwiGLU, fill_normal_, rotary_table
+from hvdlm.models.masks import causal_mask, document_mask
 
 IGNORED_LABEL = -100
 """Label of a position that does not count (padding, masked text)."""
@@ -40,10 +42,15 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.width, mlp_width(config))
 
     def forward(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache | None = None, layer: int = 0
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | BlockMask | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        x_BTD = x_BTD + self._drop(self.attention(self.attention_norm(x_BTD), rotary, cache, layer))
+        """[B, T, D] -> [B, T, D]; arguments as `Attention.forward`."""
+        x_BTD = x_BTD + self._drop(self.attention(self.attention_norm(x_BTD), rotary, mask, cache, layer))
         return x_BTD + self._drop(self.mlp(self.mlp_norm(x_BTD)))
 
     def _drop(self, branch_BTD: Tensor) -> Tensor:
@@ -83,44 +90,52 @@ class Transformer(nn.Module):
             to_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
             fill_normal_(weight, INIT_STD / (2 * self.config.layers) ** 0.5 if to_residual else INIT_STD)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, *, last_only: bool = False) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        *,
+        last_only: bool = False,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Predict the token after each position.
 
         Args:
             tokens: int64 [B, T], ids below vocab_size.
             cache: positions read before; these T are added to it.
             last_only: only the last position's logits, so that a long prompt costs no [B, T, V].
+            positions: int64 [B, T], below T: of each token in its document, which is all it then sees;
+                None = the sequence is one document.
 
         Returns:
             Logits [B, T, V], or [B, 1, V] with last_only.
 
         Raises:
-            ValueError: the cache has no room for T more positions.
+            ValueError: the cache has no room for T more positions, or `positions` came with a cache.
         """
-        first = cache.length if cache else 0
+        if cache and positions is not None:
+            raise ValueError("positions came with a KV cache, which holds one document; give one of them")
         x_BTD = self.embedding(tokens)
-        head_size = self.config.width // self.config.heads
-        rotary = rotary_table(
-            first, tokens.shape[1], head_size=head_size, theta=self.config.rope_theta, like=x_BTD
-        )
+        rotary, mask = self._places(x_BTD, cache.length if cache else 0, positions)
         for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rotary, cache, layer)
+            x_BTD = block(x_BTD, rotary, mask, cache, layer)
         if cache:
             cache.advance(tokens.shape[1])
         x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
         return F.linear(x_BTD, self._output_weight())
 
-    def loss(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, tokens: Tensor, labels: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy, so that a caller can weight it by its own token count.
 
         Args:
             tokens: int64 [B, T].
             labels: int64 [B, T], the token after each position; -100 = does not count.
+            positions: int64 [B, T], of each token in its document, as for `forward`.
 
         Returns:
             Sum of the losses in nats (fp32, 0-d), and the number of labels that count (int64, 0-d).
         """
-        logits = self(tokens).flatten(0, 1).float()
+        logits = self(tokens, positions=positions).flatten(0, 1).float()
         loss_sum = F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORED_LABEL)
         return loss_sum, (labels != IGNORED_LABEL).sum()
 
@@ -145,6 +160,19 @@ class Transformer(nn.Module):
         matrices = sum(p.numel() for n, p in self.blocks.named_parameters() if not n.endswith("norm.weight"))
         matrices += self._output_weight().numel()
         return 6 * matrices + 12 * self.config.layers * self.config.width * seq_len
+
+    def _places(
+        self, x_BTD: Tensor, first: int, positions_BT: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | BlockMask | None]:
+        """What all layers share: rotary table and mask of T positions from `first`, or of documents."""
+        head_size = self.config.width // self.config.heads
+        cos_T1K, sin_T1K = rotary_table(
+            first, x_BTD.shape[1], head_size=head_size, theta=self.config.rope_theta, like=x_BTD
+        )
+        if positions_BT is None:
+            return (cos_T1K, sin_T1K), causal_mask(first, x_BTD)
+        mask = document_mask(positions_BT, head_size=head_size)
+        return (cos_T1K[positions_BT], sin_T1K[positions_BT]), mask
 
     def _output_weight(self) -> Tensor:
         return self.embedding.weight if self.config.tie_embeddings else self.head.weight

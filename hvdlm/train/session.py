@@ -129,9 +129,14 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
 
 def batch_plan(config: RunConfig) -> BatchPlan:
     """What a step consists of."""
-    train = config.train
+    data, train = config.data, config.train
     return BatchPlan(
-        config.data.seq_len, train.global_batch, train.micro_batch, train.seed, config.data.shuffle_mb
+        data.seq_len,
+        train.global_batch,
+        train.micro_batch,
+        train.seed,
+        shuffle_mb=data.shuffle_mb,
+        document_mask=data.document_mask,
     )
 
 

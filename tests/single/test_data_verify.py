@@ -302,3 +302,16 @@ def test_a_verification_ends_when_it_is_left(data: tuple[Path, Manifest]) -> Non
     with Verification(folder, manifest, manifest.shards, workers=1):
         pass
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("verify")]
+
+
+def test_a_wrong_boundary_of_documents_is_found_by_one_share_while_training(tmp_path: Path) -> None:
+    """Documents that are kept apart by it would otherwise be others."""
+    manifest, _ = make_data_set(tmp_path, {"train-00000": 3000, "val-00000": 100})
+    extent = manifest.shards[0].extents.doc_offsets
+    assert not list(verify_blocks(tmp_path, manifest, share=(0, 1)))
+    flip_bit(tmp_path / "train-00000.h5", extent.offset + 8 * 20)
+    shares = [list(verify_blocks(tmp_path, manifest, share=(d, 2))) for d in range(2)]
+    assert [[str(p) for p in problems] for problems in shares] == [
+        ["train-00000.h5: its doc_offsets or its block digests are damaged"],
+        [],
+    ]

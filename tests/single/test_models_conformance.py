@@ -113,6 +113,64 @@ def test_full_cache_is_refused(kind):
         model(tokens(positions=17), model.new_cache(2, 16))
 
 
+DOCUMENTS = (5, 1, 1, 9)
+"""Lengths of the documents in a window of 16 tokens."""
+
+
+def packed_positions(batch=2):
+    return torch.cat([torch.arange(length) for length in DOCUMENTS]).repeat(batch, 1)
+
+
+def test_with_positions_no_token_reaches_another_document(kind):
+    model = build(kind).eval()
+    before, positions = tokens(), packed_positions()
+    document = (positions[0] == 0).cumsum(0)
+    for position in range(16):
+        after = before.clone()
+        after[:, position] = (after[:, position] + 1) % VOCAB
+        changed = (model(before, positions=positions) != model(after, positions=positions)).any(-1)
+        reached = (document == document[position]) & (torch.arange(16) >= position)
+        assert torch.equal(changed, reached.expand(2, 16)), position
+
+
+def test_a_packed_window_is_its_documents_alone(kind):
+    """Losses and gradients, also of the end of one document that predicts the start of the next."""
+    model, text, labels = build(kind), tokens(), tokens(seed=2)
+    labels[0, 3] = -100
+    packed, count = model.loss(text, labels, packed_positions())
+    packed.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    pieces = zip(text.split(DOCUMENTS, 1), labels.split(DOCUMENTS, 1), strict=True)
+    alone = [model.loss(*piece) for piece in pieces]
+    loss_sum = sum(loss for loss, _ in alone)
+    loss_sum.backward()
+    assert count == sum(count for _, count in alone) == 31
+    torch.testing.assert_close(packed, loss_sum, rtol=1e-6, atol=0)
+    for found, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(found, p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_positions_of_one_document_change_nothing(kind):
+    model, text = build(kind), tokens()
+    one = torch.arange(16).expand(2, 16)
+    torch.testing.assert_close(model(text, positions=one), model(text))
+
+
+def test_documents_of_one_batch_may_differ(kind):
+    model, text = build(kind), tokens()
+    positions = torch.stack([packed_positions()[0], torch.arange(16)])
+    both = model(text, positions=positions)
+    torch.testing.assert_close(both[:1], model(text[:1], positions=positions[:1]))
+    torch.testing.assert_close(both[1:], model(text[1:]))
+
+
+def test_positions_with_a_cache_are_refused(kind):
+    model = build(kind)
+    with pytest.raises(ValueError, match="positions came with a KV cache"):
+        model(tokens(), model.new_cache(2, 16), positions=packed_positions())
+
+
 def test_dropout_acts_in_training_only_and_follows_the_seed(kind):
     model = build(kind, dropout=0.5)
     first, second, third = (seeded(model, seed) for seed in (1, 1, 2))

@@ -54,3 +54,13 @@ def test_rotary_scores_depend_on_distance_only():
     scores = [torch.einsum("bthk,bshk->bts", rotate(query, *t), rotate(key, *t)) for t in (near, far)]
     torch.testing.assert_close(scores[0], scores[1], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(rotate(query, *near), rotate(query, *far))
+
+
+def test_rotary_positions_restart_with_each_document(monkeypatch):
+    """With a table that tells positions apart, and not only distances as the real one does."""
+    tables = torch.randn(2, 16, 1, 16)
+    monkeypatch.setattr("hvdlm.models.transformer.rotary_table", lambda first, n, **_: tables[:, :n].unbind())
+    model, tokens = Transformer(SMALL, 64), torch.randint(64, (1, 16))
+    positions = torch.cat([torch.arange(5), torch.arange(11)])[None]
+    alone = torch.cat([model(tokens[:, :5]), model(tokens[:, 5:])], 1)
+    torch.testing.assert_close(model(tokens, positions=positions), alone)
