@@ -66,16 +66,18 @@ def test_a_job_array_makes_one_data_set(
     assert contents(out) == expected
 
 
-def test_another_job_on_the_same_folder_is_one_line(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pmi", ["pmix", "none"])
+def test_another_job_on_the_same_folder_is_one_line(pmi: str, corpus: Path, tmp_path: Path) -> None:
+    """None of its tasks may touch what the first one does."""
     command = preprocess_command(corpus, tmp_path / "out", *ONE_WORKER)
     with helpers.started([*jobs.srun(2, "--mpi=none"), *command], {}) as first:
         wait_for_tasks(tmp_path / "out", 1)
-        second = helpers.run([*jobs.srun(2, "--mpi=none"), *command])
+        second = helpers.run([*jobs.srun(2, f"--mpi={pmi}", "--kill-on-bad-exit=1"), *command])
         assert first.poll() is None
         output, _ = first.communicate(timeout=60)
     assert first.returncode == 0, output
     assert second.returncode == 2, second.stdout
-    lines = [line for line in second.stdout.splitlines() if not line.startswith("srun: ")]
+    lines = [line for line in second.stdout.splitlines() if line.startswith("hvdlm")]
     assert lines == [
         f"hvdlm preprocess: error: {tmp_path / 'out'}: another preprocess writes there; wait for it, or "
         "choose another --out"
