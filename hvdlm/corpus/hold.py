@@ -117,14 +117,14 @@ def _follow(fd: int, folder: Path, sign: Path, wants_stop: Callable[[], bool]) -
     """
     begun, held_since = time.monotonic(), None
     while not sign.exists():
-        now = time.monotonic()
-        if not _is_held(fd):
-            held_since = None
-            if (folder / manifests.FILE_NAME).exists():
-                return
-        elif now - (held_since := held_since or now) > _SEEN_S:
+        now, stops = time.monotonic(), wants_stop()
+        held_since = (held_since or now) if _is_held(fd) else None
+        if held_since and (stops or now - held_since > _SEEN_S):
+            # A stop too: srun's TERM, since rank 0 has left.
             raise PeerError("rank 0 was refused", EXIT_USAGE)
-        if wants_stop():
+        if not held_since and (folder / manifests.FILE_NAME).exists():
+            return
+        if stops:
             raise StoppedError("stopped; the same command goes on from there")
         if now - begun > _MEETING_S:
             raise UserError(f"{folder}: rank 0 did not come in {_MEETING_S:.0f} s; run again", EXIT_CRASH)

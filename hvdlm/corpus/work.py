@@ -134,19 +134,20 @@ class Work:
             StoppedError: this or another process was asked to stop.
             PeerError: another process failed.
         """
-        if self._wants_stop():
-            # A requeued element of an array is of the same start: what stopped it once must not again.
-            with suppress(OSError):
-                if not self.crew.apart:
-                    (self._start / "stopped").touch()
-        elif time.monotonic() - self._checked_at < _CHECK_EVERY_S:
+        stops = self._wants_stop()
+        if not stops and time.monotonic() - self._checked_at < _CHECK_EVERY_S:
             return
         self._checked_at = time.monotonic()
-        if (self._start / "stopped").exists() or self._wants_stop():
-            raise StoppedError("stopped; the same command goes on from there")
+        # First: where one task has failed, srun's TERM asks the others to stop.
         with suppress(FileNotFoundError, ValueError):
             failure = json.loads((self._start / "failed.json").read_bytes())
             raise PeerError(f"process {failure['rank']} failed: {failure['error']}", failure["exit_code"])
+        if stops and not self.crew.apart:
+            with suppress(OSError):
+                (self._start / "stopped").touch()
+        # An element of an array is of the same start when it is requeued: no mark may stop it again.
+        if stops or (self._start / "stopped").exists():
+            raise StoppedError("stopped; the same command goes on from there")
 
     def fail(self, error: UserError) -> None:
         """Tell the others what went wrong here; the first to do so is the one they name."""

@@ -12,7 +12,7 @@ import pytest
 from hvdlm.corpus import existing
 from tests import helpers
 from tests.cluster import jobs
-from tests.corpora import contents, preprocess_command, write_corpus
+from tests.corpora import SOME, contents, preprocess_command, write_corpus
 
 pytestmark = pytest.mark.usefixtures("slurm")
 
@@ -53,13 +53,10 @@ def test_tasks_do_not_show(pmi: str, corpus: Path, expected: dict[str, bytes], t
     assert contents(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("step", ["", "srun --ntasks=2 --nodes=2 --mpi=none ", "mpirun -np 2 "])
-def test_a_job_array_makes_one_data_set(
-    step: str, corpus: Path, expected: dict[str, bytes], tmp_path: Path
-) -> None:
-    """Two elements at a time, the third when one of them is done; each of one process or of a step."""
+def test_a_job_array_makes_one_data_set(corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    """Two elements at a time, the third when one of them is done; each is a step of two tasks."""
     out = tmp_path / "out"
-    script = f"{step}{shlex.join(preprocess_command(corpus, out, *ONE_WORKER))}"
+    script = f"srun --mpi=none {shlex.join(preprocess_command(corpus, out, *ONE_WORKER))}"
     codes = jobs.batch(script, tmp_path / "%a.log", "--nodes=2", "--array=3-5%2")
     logs = [(tmp_path / f"{element}.log").read_text() for element in (3, 4, 5)]
     assert codes == {"0"}, logs
@@ -118,3 +115,38 @@ def test_usr2_to_a_batch_job_stops_it_with_75(
     assert done.returncode == 0, done.stdout
     assert "of them were done before" in done.stdout
     assert contents(out) == expected
+
+
+@pytest.mark.parametrize("options", [(), ("--array=0-1", "--nodes=1")])
+def test_the_script_queues_itself_again_until_it_is_done(
+    options: tuple[str, ...], corpus: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """All elements of an array are told to stop; each queues itself again, and is not stopped by that again."""
+    out = tmp_path / "out"
+    job = submit_script(tmp_path, *options, str(SCRIPT), str(corpus), "--out", str(out), *SOME)
+    wait_for_tasks(out, 2)
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    jobs.wait_for_end(job)
+    logs = [path.read_text() for path in tmp_path.glob("hvdlm-preprocess-*.log")]
+    assert jobs.exit_codes(job) == {"0"}, logs
+    shown = jobs.ask("scontrol", "--oneliner", "show", "job", job)
+    assert shown.count("Restarts=1 ") == len(logs) == max(1, len(options)), logs
+    for log in logs:
+        assert log.index("preprocess.sh: queued again") < log.index("documents  ")
+    assert any("of them were done before" in log for log in logs)
+    assert contents(out) == expected
+
+
+def test_the_script_ends_for_good_when_trying_again_cannot_help(corpus: Path, tmp_path: Path) -> None:
+    job = submit_script(tmp_path, str(SCRIPT), str(corpus / "nothing"), "--out", str(tmp_path / "out"))
+    jobs.wait_for_end(job)
+    log = (tmp_path / f"hvdlm-preprocess-{job}.log").read_text()
+    assert jobs.exit_codes(job) == {"2"}, log
+    assert "Restarts=0 " in jobs.ask("scontrol", "--oneliner", "show", "job", job)
+    assert [line for line in log.splitlines() if line.startswith("hvdlm preprocess: error: ")], log
+    assert "Traceback" not in log
+
+
+def submit_script(folder: Path, *arguments: str) -> str:
+    """Hand in slurm/preprocess.sh from a folder, with one worker a node; the job's number."""
+    return jobs.submit(f"--chdir={folder}", "--cpus-per-task=1", *arguments)
