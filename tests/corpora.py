@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import sys
@@ -27,6 +28,7 @@ def preprocess_command(corpus: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "hvdlm.preprocess", str(corpus), "--out", str(out), *SOME, *more]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """What is the same every time: everything but the seconds it took."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "seconds.json"}
+def contents(folder: Path) -> dict[str, str]:
+    """Digests of what is the same every time: every file but the seconds it took."""
+    paths = [path for path in sorted(folder.iterdir()) if path.name != "seconds.json"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}

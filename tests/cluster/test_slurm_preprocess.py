@@ -29,7 +29,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What one process makes."""
     out = tmp_path_factory.mktemp("expected")
     done = helpers.run(preprocess_command(corpus, out, *ONE_WORKER))
@@ -44,7 +44,7 @@ def wait_for_tasks(out: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize("pmi", ["pmix", "none"])
-def test_tasks_do_not_show(pmi: str, corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+def test_tasks_do_not_show(pmi: str, corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
     """With a PMI by MPI; without one by Slurm's numbers, and MPI is not touched."""
     command = [*jobs.srun(3, f"--mpi={pmi}"), *preprocess_command(corpus, tmp_path / "out", *ONE_WORKER)]
     done = helpers.run(command)
@@ -53,7 +53,7 @@ def test_tasks_do_not_show(pmi: str, corpus: Path, expected: dict[str, bytes], t
     assert contents(tmp_path / "out") == expected
 
 
-def test_a_job_array_makes_one_data_set(corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_job_array_makes_one_data_set(corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
     """Two elements at a time, the third when one of them is done; each is a step of two tasks."""
     out = tmp_path / "out"
     script = f"srun --mpi=none {shlex.join(preprocess_command(corpus, out, *ONE_WORKER))}"
@@ -82,7 +82,7 @@ def test_another_job_on_the_same_folder_is_one_line(pmi: str, corpus: Path, tmp_
 
 
 def test_kill_9_of_one_task_ends_the_step_and_the_next_goes_on(
-    corpus: Path, expected: dict[str, bytes], tmp_path: Path
+    corpus: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     command = preprocess_command(corpus, out, *ONE_WORKER)
@@ -98,9 +98,7 @@ def test_kill_9_of_one_task_ends_the_step_and_the_next_goes_on(
     assert contents(out) == expected
 
 
-def test_usr2_to_a_batch_job_stops_it_with_75(
-    corpus: Path, expected: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_usr2_to_a_batch_job_stops_it_with_75(corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     command = preprocess_command(corpus, out, *ONE_WORKER)
     script = f"srun --kill-on-bad-exit=1 --mpi=none {shlex.join(command)}"
@@ -119,9 +117,9 @@ def test_usr2_to_a_batch_job_stops_it_with_75(
 
 @pytest.mark.parametrize("options", [(), ("--array=0-1", "--nodes=1")])
 def test_the_script_queues_itself_again_until_it_is_done(
-    options: tuple[str, ...], corpus: Path, expected: dict[str, bytes], tmp_path: Path
+    options: tuple[str, ...], corpus: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
-    """All elements of an array are told to stop; each queues itself again, and is not stopped by that again."""
+    """All elements of an array are told to stop; each queues itself again, and goes on."""
     out = tmp_path / "out"
     job = submit_script(tmp_path, *options, str(SCRIPT), str(corpus), "--out", str(out), *SOME)
     wait_for_tasks(out, 2)

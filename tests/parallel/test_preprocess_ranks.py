@@ -21,7 +21,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What one process makes, undisturbed."""
     out = tmp_path_factory.mktemp("expected")
     done = helpers.run(preprocess_command(corpus, out, "--workers", "1"))
@@ -32,7 +32,7 @@ def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_do_not_show(ranks: int, corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+def test_ranks_do_not_show(ranks: int, corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
     done = helpers.run(
         [*helpers.mpirun(ranks), *preprocess_command(corpus, tmp_path / "out", "--workers", "1")]
     )
@@ -42,7 +42,7 @@ def test_ranks_do_not_show(ranks: int, corpus: Path, expected: dict[str, bytes],
 
 
 def test_killed_at_random_moments_and_started_again_with_others(
-    corpus: Path, expected: dict[str, bytes], tmp_path: Path
+    corpus: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     kill_and_restart(corpus, tmp_path / "out", starts=4, seed=1)
     assert contents(tmp_path / "out") == expected
@@ -74,7 +74,7 @@ def kill_and_restart(corpus: Path, out: Path, *, starts: int, seed: int) -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_to_one_rank_stops_all_with_75_and_the_next_goes_on(
-    number: signal.Signals, corpus: Path, expected: dict[str, bytes], tmp_path: Path
+    number: signal.Signals, corpus: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     with helpers.started(
@@ -111,7 +111,7 @@ def test_one_ranks_failure_stops_all_with_its_message(corpus: Path, tmp_path: Pa
     assert "Traceback" not in done.stdout
 
 
-def test_a_job_array_makes_one_data_set(corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_job_array_makes_one_data_set(corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
     """The environment of Slurm's elements; the last two start when the first is at work."""
     out, parts = tmp_path / "out", []
     for element in range(3):
@@ -131,7 +131,7 @@ def test_a_job_array_makes_one_data_set(corpus: Path, expected: dict[str, bytes]
     assert contents(out) == expected
 
 
-def test_srun_without_a_pmi_needs_no_mpi(corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+def test_srun_without_a_pmi_needs_no_mpi(corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
     out, outputs = tmp_path / "out", []
     slurm = {"SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
     with (
