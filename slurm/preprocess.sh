@@ -52,10 +52,12 @@ code=$?
 if ((code == STOPPED)); then
     if ((${SLURM_RESTART_COUNT:-0} >= ${HVDLM_REQUEUES:-20})); then
         echo "preprocess.sh: not queued again after ${SLURM_RESTART_COUNT:-0} requeues; sbatch it again" >&2
-    elif scontrol requeue "$SLURM_JOB_ID"; then
-        echo "preprocess.sh: queued again" >&2
     else
-        echo "preprocess.sh: this cluster does not requeue; sbatch it again, it goes on from there" >&2
+        # Before it happens: it ends this script at once.
+        echo "preprocess.sh: queueing this job again" >&2
+        # One element of an array has the number of the whole array, so its own name is needed.
+        scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}" ||
+            echo "preprocess.sh: this cluster does not requeue; sbatch it again, it goes on from there" >&2
     fi
 fi
 exit "$code"

@@ -130,7 +130,7 @@ def test_the_script_queues_itself_again_until_it_is_done(
     shown = jobs.ask("scontrol", "--oneliner", "show", "job", job)
     assert shown.count("Restarts=1 ") == len(logs) == max(1, len(options)), logs
     for log in logs:
-        assert log.index("preprocess.sh: queued again") < log.index("documents  ")
+        assert log.index("preprocess.sh: queueing this job again") < log.index("documents  ")
     assert any("of them were done before" in log for log in logs)
     assert contents(out) == expected
 
