@@ -91,15 +91,15 @@ def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return found
 
 
-def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
-    """The training processes of a launcher, by rank."""
+def ranks_of(process: subprocess.Popen[str], module: str = "hvdlm.train") -> dict[int, psutil.Process]:
+    """The processes of a launcher that run a module of ours, by rank; their workers left out."""
     ranks = {}
     for candidate in family(process):
         with contextlib.suppress(psutil.Error):
             env, command = candidate.environ(), candidate.cmdline()
             rank = next((env[name] for name in _RANK_NAMES if name in env), None)
-            trains = "hvdlm.train" in command or any(word.endswith("_train.py") for word in command)
-            if rank is not None and trains and "python" in candidate.name():
+            runs = module in command or any(word.endswith("_train.py") for word in command)
+            if rank is not None and runs and "python" in candidate.name():
                 ranks[int(rank)] = candidate
     return ranks
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from hvdlm.config import EXIT_CRASH, EXIT_USAGE, UserError
 from hvdlm.corpus import crew as crews
-from hvdlm.corpus import dedup, existing, stats
+from hvdlm.corpus import dedup, existing, hold, memory, stats
 from hvdlm.corpus.crew import Crew
 from hvdlm.corpus.encode import encode_task, refuse_write
 from hvdlm.corpus.install import install
@@ -85,11 +85,14 @@ def build(
             after a stop, `PeerError` where another process failed.
     """
     crew = crew or crews.alone()
-    with existing.claimed(options.out, wait=wait, crew=crew):
+    held = hold.claimed(options.out, existing.WORK_NAME, wait=wait, crew=crew, wants_stop=wants_stop)
+    with held as surely:
         try:
             work = Work(options.out / existing.WORK_NAME, crew, wants_stop)
         except OSError as error:
             refuse_write(options.out, error)
+        if not surely:
+            hold.refuse_others(options.out, work)
         try:
             made = _build(options, work, workers=workers, force=force)
         except GoneError:
@@ -232,6 +235,7 @@ def _tokenizer(options: Options, job: Job, opened: dict[str, Any], progress: Pro
             texts = training_texts(job, count, total_bytes=total_bytes, report=progress)
         trained = from_library(builder(texts, opened["vocab_size"]))
         write_atomic(job.folder / TOKENIZER_NAME, trained.json_bytes)
+        memory.give_back()
     if opened["bytes"] >= FAST_FROM_BYTES:
         reference = tokenizers.load(job.folder / TOKENIZER_NAME, eos=job.eos)
         choice = fast.check(reference, sample_texts(job, opened["tasks"]))

@@ -47,7 +47,7 @@ def find(env: Mapping[str, str] | None = None) -> Crew:
 
     - under `mpirun`, or `srun` with a PMI: the ranks, which agree on a name by one broadcast
     - several tasks under `srun` without a PMI: Slurm numbers them, MPI is not touched
-    - an element of a Slurm job array: all elements, each possibly with several tasks
+    - an element of a Slurm job array: all elements, each possibly with several ranks; MPI is not touched
     - else: this process
 
     Args:
@@ -56,17 +56,16 @@ def find(env: Mapping[str, str] | None = None) -> Crew:
     Collective: under MPI.
     """
     env = os.environ if env is None else env
-    array = env.get("SLURM_ARRAY_JOB_ID")
-    tasks, task = int(env.get("SLURM_STEP_NUM_TASKS", "1")), int(env.get("SLURM_PROCID", "0"))
+    array, launch = env.get("SLURM_ARRAY_JOB_ID"), classify(env)
     if array:
         element = int(env["SLURM_ARRAY_TASK_ID"]) - int(env.get("SLURM_ARRAY_TASK_MIN", "0"))
         elements = int(env.get("SLURM_ARRAY_TASK_COUNT", "1"))
-        return Crew(f"array-{array}", element * tasks + task, elements * tasks, apart=True)
-    launch = classify(env)
+        rank, size = element * launch.size + launch.rank, elements * launch.size
+        return Crew(f"array-{array}", rank, size, launch.local_size, apart=True)
     if needs_meeting(launch, env):
         names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
         step = f"step-{'.'.join(env.get(name, '0') for name in names)}"
-        return Crew(step, task, tasks, local_size=launch.local_size)
+        return Crew(step, launch.rank, launch.size, launch.local_size)
     if launch.kind == "single":
         return alone()
     if launch.kind == "gloo":

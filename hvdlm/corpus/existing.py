@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hvdlm.config import UserError
-from hvdlm.corpus.crew import Crew
 from hvdlm.corpus.job import TOKENIZER_NAME
 from hvdlm.corpus.work import Work
 from hvdlm.data import manifest as manifests
@@ -25,53 +21,6 @@ TASKS_NAME = "tasks.json"
 """How many training shards each task made."""
 _BESIDE = ("stats.json", "seconds.json", "lengths.png", "rejects.jsonl")
 WORK_NAME = f"{TEMP_PREFIX}preprocess"
-
-
-@contextmanager
-def claimed(folder: Path, *, wait: bool, crew: Crew) -> Iterator[None]:
-    """Make a folder and hold it against other runs; the hold dies with the process.
-
-    Args:
-        folder: made with its parents; removed again if it stays empty.
-        wait: wait for another run to end instead of refusing.
-        crew: rank 0 of a job holds it for all; the elements of a job array hold it together.
-
-    Raises:
-        UserError: it cannot be made, or another run holds it.
-    """
-    kind = fcntl.LOCK_SH if crew.apart else fcntl.LOCK_EX if crew.rank == 0 else 0
-    fd = _lock(folder, kind, wait=wait)
-    try:
-        yield
-    finally:
-        # Still under the lock: else this could take the folder from under the next run.
-        with suppress(OSError):
-            if kind:
-                folder.rmdir()
-        os.close(fd)
-
-
-def _lock(folder: Path, kind: int, *, wait: bool) -> int:
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be made: {error.strerror}; choose another --out") from None
-        try:
-            if kind:
-                fcntl.flock(fd, kind | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(fd)
-            raise UserError(
-                f"{folder}: another preprocess writes there; wait for it, or choose another --out"
-            ) from None
-        except OSError:
-            pass  # Some network file systems lock no folders; the rest works without.
-        if folder.exists() and os.path.samestat(os.fstat(fd), folder.stat()):
-            return fd
-        # The run that held it failed and removed it.
-        os.close(fd)
 
 
 def find_same(folder: Path, record: dict[str, Any], *, force: bool) -> Manifest | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from hvdlm.config import UserError
 from hvdlm.corpus import crew as crews
-from hvdlm.corpus import existing
+from hvdlm.corpus import existing, hold
 from hvdlm.corpus.build import find_duplicates, job_of, plan_of
 from hvdlm.corpus.encode import encode_task
 from hvdlm.corpus.install import merge_val
@@ -49,7 +49,7 @@ def repair(folder: Path, manifest: Manifest, names: Collection[str], *, workers:
             f"{folder / TOKENIZER_NAME}: is damaged; copy it from another data set or a run folder"
         )
     crew = crews.alone()
-    with existing.claimed(folder, wait=False, crew=crew):
+    with hold.claimed(folder, existing.WORK_NAME, wait=False, crew=crew):
         shutil.rmtree(folder / _WORK_NAME, ignore_errors=True)
         work = Work(folder / _WORK_NAME, crew, lambda: False)
         try:

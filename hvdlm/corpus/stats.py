@@ -84,16 +84,32 @@ def _plot(path: Path, splits: dict[str, Any]) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
     used = [k for k in range(_BINS) if any(split["lengths"][k] for split in splits.values())]
-    bins = range(min(used, default=0), max(used, default=0) + 1)
+    first, last = min(used, default=0), max(used, default=0)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel="length of a document in tokens, eos included", ylabel="documents")
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", alpha=0.4)
+    width = 0.9 / len(splits)
     for i, (name, split) in enumerate(splits.items()):
-        heights = [split["lengths"][k] for k in bins]
-        axes.bar([k + 0.4 * (i - 0.5) for k in bins], heights, 0.4, label=name)
-    axes.set_xticks(list(bins), [f"{2**k:,}" for k in bins], rotation=45, ha="right")
-    axes.set(xlabel="tokens, at least", ylabel="documents", yscale="symlog")
-    axes.legend()
+        # Between the ticks, which are the bounds of a bin.
+        left = [k + 0.05 + i * width for k in range(first, last + 1)]
+        label = f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens"
+        axes.bar(left, split["lengths"][first : last + 1], width, align="edge", label=label)
+    ticks = range(first, last + 2, 1 + (last - first) // 16)
+    axes.set_xticks(list(ticks), [_binary(k) for k in ticks])
+    # A single document is to be seen beside millions.
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.5, top=max(2.0, 2.0 * max(max(split["lengths"]) for split in splits.values())))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    figure.legend(loc="outside upper center", frameon=False)
     with publishing(path) as temp:
         # A date in the file would make it another one every time.
         figure.savefig(temp, format="png", dpi=120, metadata={"Software": None})
+
+
+def _binary(exponent: int) -> str:
+    """2^exponent for an axis: 512, 1Ki, 64Mi."""
+    tens, rest = divmod(exponent, 10)
+    return f"{2**rest}{('', 'Ki', 'Mi', 'Gi')[tens]}"

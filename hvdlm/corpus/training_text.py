@@ -8,6 +8,7 @@ from hvdlm.corpus.dedup import drops_of
 from hvdlm.corpus.documents import Kept, Rejects, kept_documents, split_of
 from hvdlm.corpus.job import Job, Report, Tally
 from hvdlm.text.fast import SAMPLE_CHARS
+from hvdlm.text.pieces import cut
 
 _SAMPLED_TASKS = 16
 MAX_BYTES = 256 << 20
@@ -35,7 +36,7 @@ def training_texts(job: Job, tasks: int, *, total_bytes: int, report: Report) ->
             report(Tally(done_bytes - told))
             told = done_bytes
             if split_of(task, text, job.val_fraction) == "train":
-                left -= len(text.encode())
+                left -= sum(len(piece.encode()) for piece in cut(text))
                 yield text
             if left <= 0:
                 break

@@ -8,7 +8,7 @@ rename: a claim only spares double work, it never decides what is right.
     starts/NAME/claims/STAGE/00012      who does a task, made with O_CREAT | O_EXCL
     starts/NAME/alive/00003.json        one process's counts; its time of change is a sign of life
     starts/NAME/failed.json             what ended this start
-    starts/NAME/stopped                 somebody was asked to stop
+    starts/NAME/stopped                 somebody was asked to stop; an element of an array stops alone
 """
 
 from __future__ import annotations
@@ -65,10 +65,7 @@ class Work:
         for path in (folder / "done", self._start / "claims", self._start / "alive"):
             path.mkdir(parents=True, exist_ok=True)
         self.tell({})
-        # A member that was started again under its old number takes its claims back.
-        for claim in (self._start / "claims").glob("*/*"):
-            if _owner(claim) == crew.rank:
-                claim.unlink(missing_ok=True)
+        self._rejoin()
 
     def claim(self, stage: str, count: int) -> int | None:
         """Take a task of a stage that is neither done nor claimed.
@@ -137,17 +134,20 @@ class Work:
             StoppedError: this or another process was asked to stop.
             PeerError: another process failed.
         """
-        if self._wants_stop():
-            with suppress(OSError):
-                (self._start / "stopped").touch()
-        elif time.monotonic() - self._checked_at < _CHECK_EVERY_S:
+        stops = self._wants_stop()
+        if not stops and time.monotonic() - self._checked_at < _CHECK_EVERY_S:
             return
         self._checked_at = time.monotonic()
-        if (self._start / "stopped").exists() or self._wants_stop():
-            raise StoppedError("stopped; the same command goes on from there")
+        # First: where one task has failed, srun's TERM asks the others to stop.
         with suppress(FileNotFoundError, ValueError):
             failure = json.loads((self._start / "failed.json").read_bytes())
             raise PeerError(f"process {failure['rank']} failed: {failure['error']}", failure["exit_code"])
+        if stops and not self.crew.apart:
+            with suppress(OSError):
+                (self._start / "stopped").touch()
+        # An element of an array is of the same start when it is requeued: no mark may stop it again.
+        if stops or (self._start / "stopped").exists():
+            raise StoppedError("stopped; the same command goes on from there")
 
     def fail(self, error: UserError) -> None:
         """Tell the others what went wrong here; the first to do so is the one they name."""
@@ -160,7 +160,7 @@ class Work:
 
     def tell(self, counts: dict[str, Any]) -> None:
         """Give a sign of life, with what this process has counted."""
-        path = self._start / "alive" / f"{self.crew.rank:05d}.json"
+        path = self._sign(self.crew.rank)
         temp = path.with_name(f"{TEMP_PREFIX}{path.name}")
         with suppress(OSError):
             temp.write_text(json.dumps(counts))
@@ -173,6 +173,15 @@ class Work:
             with suppress(OSError, ValueError):
                 counts.append(json.loads(path.read_bytes()))
         return counts
+
+    def others_signs(self, *, within_s: float) -> dict[Path, int]:
+        """When the processes of other starts last gave a sign of life, in nanoseconds; old ones left out."""
+        signs = {}
+        for path in (self.folder / "starts").glob("*/alive/[0-9]*.json"):
+            with suppress(FileNotFoundError):
+                if path.parents[1] != self._start and self._age_s(path) < within_s:
+                    signs[path] = path.stat().st_mtime_ns
+        return signs
 
     def begin_anew(self) -> None:
         """Remove what other starts left: everything, since it is of another data set."""
@@ -196,6 +205,26 @@ class Work:
         with suppress(FileNotFoundError):
             self.folder.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
+
+    def _rejoin(self) -> None:
+        """Take back what a process of this number has left: it was started again, as part of a job array."""
+        for claim in (self._start / "claims").glob("*/*"):
+            if _owner(claim) == self.crew.rank:
+                claim.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, ValueError):
+            failure = self._start / "failed.json"
+            if json.loads(failure.read_bytes())["rank"] == self.crew.rank:
+                failure.unlink()
+
+    def _sign(self, rank: int) -> Path:
+        return sign_of_life(self.folder, self.crew.name, rank)
+
+    def _age_s(self, path: Path) -> float:
+        """Seconds between a change and this process's last sign of life.
+
+        Both times are the file server's, whose clock need not be ours.
+        """
+        return self._sign(self.crew.rank).stat().st_mtime - path.stat().st_mtime
 
     def _done(self, stage: str) -> Path:
         return (self._start if stage in _PASSING else self.folder) / "done" / stage
@@ -234,18 +263,22 @@ class Work:
 
     def _is_abandoned(self, claim: Path) -> bool:
         """Whether a claim's owner gave no sign of life for a lease; the claim is then removed."""
-        mine, owner = self._start / "alive" / f"{self.crew.rank:05d}.json", _owner(claim)
+        owner = _owner(claim)
         if owner == self.crew.rank:
             return False
         try:
-            sign = claim if owner is None else mine.with_name(f"{owner:05d}.json")
-            # Both times are the file server's, whose clock need not be ours.
-            abandoned = mine.stat().st_mtime - sign.stat().st_mtime > LEASE_S
+            sign = claim if owner is None else self._sign(owner)
+            abandoned = self._age_s(sign) > LEASE_S
         except FileNotFoundError:
             return False
         if abandoned:
             claim.unlink(missing_ok=True)
         return abandoned
+
+
+def sign_of_life(folder: Path, name: str, rank: int) -> Path:
+    """What a process of the start `name` rewrites now and then."""
+    return folder / "starts" / name / "alive" / f"{rank:05d}.json"
 
 
 def _owner(claim: Path) -> int | None:

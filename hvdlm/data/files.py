@@ -39,9 +39,7 @@ def publishing(path: Path) -> Iterator[Path]:
         temp.rename(path)
         fsync(path.parent)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        cure = "free space or choose another folder" if full else "check the folder and the file system"
-        raise UserError(f"{path}: cannot be written: {error.strerror}; {cure}", EXIT_CRASH) from error
+        raise unwritable(path, error) from error
     finally:
         temp.unlink(missing_ok=True)
 
@@ -54,6 +52,13 @@ def write_atomic(path: Path, content: bytes) -> None:
     """
     with publishing(path) as temp, temp.open("xb") as file:
         file.write(content)
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """What to tell of a file that the system refuses to write."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    cure = "free space or choose another folder" if full else "check the folder and the file system"
+    return UserError(f"{path}: cannot be written: {error.strerror}; {cure}", EXIT_CRASH)
 
 
 def write_exactly(fd: int, view: memoryview, offset: int) -> None:

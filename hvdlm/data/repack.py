@@ -1,4 +1,4 @@
-"""Chunks of documents -> shards of bounded size, with one shard of tokens in memory."""
+"""Chunks of documents -> shards of bounded size; what is not yet one waits on disk."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from typing import final
 
 import numpy as np
 
-from hvdlm.data.chunks import CHUNK_TOKENS, Chunk
-from hvdlm.data.entries import ShardEntry, TokenizerInfo
-from hvdlm.data.shards import write_shard
+from hvdlm.data.chunks import Chunk
+from hvdlm.data.entries import BLOCK_TOKENS, ShardEntry, TokenizerInfo
+from hvdlm.data.files import TEMP_PREFIX
+from hvdlm.data.shards import write_blocks
+from hvdlm.data.spool import Spool
 
 
 @final
 class Repacker:
     """Writes the documents of one split in the order they come, as many to a shard as fit.
 
-    A document longer than a shard is cut after every `shard_tokens` - 1 tokens, each part ending
-    with eos.
+    A context manager, which closes its file; `close` writes the last shard. A document longer than
+    a shard is cut after every `shard_tokens` - 1 tokens, each part ending with eos.
     """
 
     def __init__(
@@ -38,10 +40,15 @@ class Repacker:
         """
         self.entries: list[ShardEntry] = []
         self._folder, self._split, self._tokenizer, self._id_bytes = folder, split, tokenizer, id_bytes
-        # Memory that was never written to is not taken from the machine.
-        self._tokens = np.empty(shard_tokens, tokenizer.token_dtype)
-        self._used = 0
+        self._shard_tokens = shard_tokens
+        self._tokens = Spool(folder / f"{TEMP_PREFIX}{split}", tokenizer.token_dtype)
         self._ends: list[np.ndarray] = []
+
+    def __enter__(self) -> Repacker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tokens.__exit__()
 
     def add(self, chunk: Chunk) -> None:
         """Append tokens; a document that goes on in the next chunk goes on there.
@@ -54,13 +61,14 @@ class Repacker:
         """
         first = 0
         while first < len(chunk.tokens):
-            if self._used == len(self._tokens):
+            used = len(self._tokens)
+            if used == self._shard_tokens:
                 self._make_room()
-            part = chunk.tokens[first : first + len(self._tokens) - self._used]
-            self._tokens[self._used : self._used + len(part)] = part
+                continue
+            part = chunk.tokens[first : first + self._shard_tokens - used]
+            self._tokens.append(part)
             low, high = np.searchsorted(chunk.ends, [first, first + len(part)], "right")
-            self._ends.append(chunk.ends[low:high] - first + self._used)
-            self._used += len(part)
+            self._ends.append(chunk.ends[low:high] - first + used)
             first += len(part)
 
     def close(self) -> None:
@@ -69,7 +77,7 @@ class Repacker:
         Raises:
             UserError: The disk is full.
         """
-        if self._used:
+        if len(self._tokens):
             self._flush(np.concatenate(self._ends))
 
     def _make_room(self) -> None:
@@ -78,28 +86,23 @@ class Repacker:
             self._flush(ends)
             return
         # One document fills the shard and goes on: its last token here makes place for eos.
-        last = self._tokens[-1]
-        self._tokens[-1] = self._tokenizer.eos_id
-        self._flush(np.array([self._used]))
-        self._tokens[0], self._used = last, 1
+        last = self._tokens.pop()
+        self._tokens.append(np.array([self._tokenizer.eos_id]))
+        self._flush(np.array([len(self._tokens)]))
+        self._tokens.append(np.array([last]))
 
     def _flush(self, ends: np.ndarray) -> None:
         """Write the documents that end here, and keep the beginning of the next."""
         stop = int(ends[-1])
-        tokens = self._tokens[:stop]
-        entry = write_shard(
+        text_bytes = sum(int(self._id_bytes[b].sum()) for b in self._tokens.blocks(stop, BLOCK_TOKENS))
+        entry = write_blocks(
             self._folder / f"{self._split}-{len(self.entries):05d}.h5",
-            tokens,
+            self._tokens.blocks(stop, BLOCK_TOKENS),
             np.concatenate([np.zeros(1, np.int64), ends]),
             split=self._split,
-            text_bytes=self._text_bytes(tokens),
+            text_bytes=text_bytes,
             tokenizer=self._tokenizer,
         )
         self.entries.append(entry)
-        self._used -= stop
-        self._tokens[: self._used] = self._tokens[stop : stop + self._used]
+        self._tokens.drop(stop)
         self._ends = []
-
-    def _text_bytes(self, tokens: np.ndarray) -> int:
-        starts = range(0, len(tokens), CHUNK_TOKENS)
-        return sum(int(self._id_bytes[tokens[start : start + CHUNK_TOKENS]].sum()) for start in starts)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from hvdlm.data.digests import digest_blocks, digest_content, digest_file
+from hvdlm.data.digests import digest_block, digest_content, digest_file
 from hvdlm.data.entries import (
+    BLOCK_TOKENS,
     SPLITS,
     Extent,
     Extents,
@@ -31,7 +34,6 @@ MAX_SHARD_TOKENS = 64 << 20
 """Writers cut shards at a document boundary before this many tokens; one longer document is one shard."""
 ALIGNMENT = 1 << 20
 """Byte alignment of /tokens: a Lustre stripe and a RAID chunk divide it."""
-_DATA_SETS = ("doc_offsets", "block_xxh3", "tokens")
 
 
 def write_shard(
@@ -60,20 +62,47 @@ def write_shard(
         UserError: The disk is full or over quota.
         ValueError: The arrays do not describe documents of this tokenizer.
     """
-    arrays = _arrays(tokens, doc_offsets, tokenizer)
+    if tokens.ndim != 1 or doc_offsets.ndim != 1 or not len(tokens) or len(doc_offsets) < 2:
+        raise ValueError("a shard needs one-dimensional arrays and at least one document")
+    if doc_offsets[-1] != len(tokens):
+        raise ValueError("doc_offsets must rise from 0 to the number of tokens")
+    blocks = (tokens[first : first + BLOCK_TOKENS] for first in range(0, len(tokens), BLOCK_TOKENS))
+    return write_blocks(path, blocks, doc_offsets, split=split, text_bytes=text_bytes, tokenizer=tokenizer)
+
+
+def write_blocks(
+    path: Path,
+    blocks: Iterable[np.ndarray],
+    doc_offsets: np.ndarray,
+    *,
+    split: str,
+    text_bytes: int,
+    tokenizer: TokenizerInfo,
+) -> ShardEntry:
+    """Write one shard as `write_shard`, with one block of its tokens in memory at a time.
+
+    Args:
+        path: As there.
+        blocks: Together the tokens; each has `BLOCK_TOKENS`, the last may have fewer.
+        doc_offsets: As there, and so on.
+    """
+    offsets = np.ascontiguousarray(doc_offsets, dtype="<u8")
+    if offsets[0] != 0 or not (offsets[1:] > offsets[:-1]).all():
+        raise ValueError("doc_offsets must rise from 0 to the number of tokens")
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, must be one of {', '.join(SPLITS)}")
-    counts = {"tokens": len(tokens), "documents": len(doc_offsets) - 1, "text_bytes": int(text_bytes)}
+    counts = {"tokens": int(offsets[-1]), "documents": len(offsets) - 1, "text_bytes": int(text_bytes)}
     with publishing(path) as temp:
-        extents = _lay_out(temp, arrays, attributes_of(tokenizer, split, **counts))
-        _fill(temp, arrays, extents)
+        sizes = (counts["tokens"], len(offsets))
+        extents = _lay_out(temp, sizes, tokenizer, attributes_of(tokenizer, split, **counts))
+        block_xxh3 = _fill(temp, blocks, offsets, extents=extents, tokenizer=tokenizer)
         entry = ShardEntry(
             name=path.name,
             split=split,
             **counts,
             file_bytes=temp.stat().st_size,
             xxh3_128=digest_file(temp),
-            content_xxh3_128=digest_content(arrays["block_xxh3"], arrays["doc_offsets"]),
+            content_xxh3_128=digest_content(block_xxh3, offsets),
             extents=extents,
         )
         check_extents(entry, tokenizer)
@@ -97,23 +126,16 @@ def attributes_of(
     }
 
 
-def _arrays(tokens: np.ndarray, doc_offsets: np.ndarray, tokenizer: TokenizerInfo) -> dict[str, np.ndarray]:
-    if tokens.ndim != 1 or doc_offsets.ndim != 1 or not len(tokens) or len(doc_offsets) < 2:
-        raise ValueError("a shard needs one-dimensional arrays and at least one document")
-    if tokens.dtype.kind not in "iu" or int(tokens.min()) < 0 or int(tokens.max()) >= tokenizer.vocab_size:
-        raise ValueError(f"a token id is not an integer from 0 to {tokenizer.vocab_size - 1}")
-    offsets = np.ascontiguousarray(doc_offsets, dtype="<u8")
-    ends = offsets[1:]
-    if offsets[0] != 0 or ends[-1] != len(tokens) or not (ends > offsets[:-1]).all():
-        raise ValueError("doc_offsets must rise from 0 to the number of tokens")
-    if not (tokens[ends.astype(np.int64) - 1] == tokenizer.eos_id).all():
-        raise ValueError("a document does not end with eos")
-    stored = np.ascontiguousarray(tokens, dtype=tokenizer.token_dtype)
-    return {"tokens": stored, "doc_offsets": offsets, "block_xxh3": digest_blocks(stored)}
-
-
-def _lay_out(path: Path, arrays: dict[str, np.ndarray], attributes: dict[str, str | int]) -> Extents:
-    """Create the file with every data set allocated and nothing filled in."""
+def _lay_out(
+    path: Path, sizes: tuple[int, int], tokenizer: TokenizerInfo, attributes: dict[str, str | int]
+) -> Extents:
+    """Create the file with every data set (sizes: of tokens, of offsets) allocated and nothing filled in."""
+    tokens, offsets = sizes
+    wanted = {
+        "doc_offsets": Extent(0, "<u8", offsets),
+        "block_xxh3": Extent(0, "<u8", -(-tokens // BLOCK_TOKENS)),
+        "tokens": Extent(0, tokenizer.token_dtype, tokens),
+    }
     try:
         # The 1.8 format checksums its metadata, carries no times, and old tools read it. HDF5 aligns
         # whatever is as large as the threshold: nothing but the tokens, unless they are few.
@@ -122,12 +144,12 @@ def _lay_out(path: Path, arrays: dict[str, np.ndarray], attributes: dict[str, st
             "x",
             libver=("v108", "v108"),
             locking=False,
-            alignment_threshold=arrays["tokens"].nbytes,
+            alignment_threshold=wanted["tokens"].end,
             alignment_interval=ALIGNMENT,
         ) as file:
             for name, value in attributes.items():
                 file.attrs[name] = np.bytes_(value) if isinstance(value, str) else np.uint64(value)
-            return Extents(**{name: _allocate(file, name, arrays[name]) for name in _DATA_SETS})
+            return Extents(**{name: _allocate(file, name, extent) for name, extent in wanted.items()})
     except (OSError, RuntimeError) as error:
         # libhdf5 tells the errno in its text, and h5py passes it on only sometimes.
         told = re.search(r"errno = (\d+)", str(error))
@@ -135,21 +157,50 @@ def _lay_out(path: Path, arrays: dict[str, np.ndarray], attributes: dict[str, st
         raise OSError(number, os.strerror(number)) from error
 
 
-def _allocate(file: h5py.File, name: str, array: np.ndarray) -> Extent:
+def _allocate(file: h5py.File, name: str, wanted: Extent) -> Extent:
     create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     create.set_layout(h5py.h5d.CONTIGUOUS)
     create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     create.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     create.set_obj_track_times(False)
-    space = h5py.h5s.create_simple(array.shape)
-    data_set = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(array.dtype), space, create)
-    return Extent(data_set.get_offset(), array.dtype.str, len(array))
+    space, kind = h5py.h5s.create_simple((wanted.size,)), h5py.h5t.py_create(np.dtype(wanted.dtype))
+    data_set = h5py.h5d.create(file.id, name.encode(), kind, space, create)
+    return replace(wanted, offset=data_set.get_offset())
 
 
-def _fill(path: Path, arrays: dict[str, np.ndarray], extents: Extents) -> None:
+def _fill(
+    path: Path,
+    blocks: Iterable[np.ndarray],
+    offsets: np.ndarray,
+    *,
+    extents: Extents,
+    tokenizer: TokenizerInfo,
+) -> np.ndarray:
+    """Write everything; the digests of the blocks."""
+    digests, first, place = [], 0, extents.tokens.offset
+    ends = offsets[1:].astype(np.int64)
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        for name, array in arrays.items():
-            write_exactly(fd, array.data.cast("B"), getattr(extents, name).offset)
+        for block in blocks:
+            low, high = np.searchsorted(ends, [first, first + len(block)], "right")
+            stored = _checked(block, ends[low:high] - first, tokenizer)
+            write_exactly(fd, stored.data.cast("B"), place)
+            digests.append(digest_block(stored))
+            first, place = first + len(block), place + stored.nbytes
+        if first != extents.tokens.size or len(digests) != extents.block_xxh3.size:
+            raise ValueError(f"{first} tokens in {len(digests)} blocks, needed {extents.tokens.size}")
+        block_xxh3 = np.array(digests, "<u8")
+        write_exactly(fd, offsets.data.cast("B"), extents.doc_offsets.offset)
+        write_exactly(fd, block_xxh3.data.cast("B"), extents.block_xxh3.offset)
     finally:
         os.close(fd)
+    return block_xxh3
+
+
+def _checked(block: np.ndarray, ends: np.ndarray, tokenizer: TokenizerInfo) -> np.ndarray:
+    """A block as it is stored."""
+    if block.dtype.kind not in "iu" or int(block.min()) < 0 or int(block.max()) >= tokenizer.vocab_size:
+        raise ValueError(f"a token id is not an integer from 0 to {tokenizer.vocab_size - 1}")
+    if not (block[ends - 1] == tokenizer.eos_id).all():
+        raise ValueError("a document does not end with eos")
+    return np.ascontiguousarray(block, dtype=tokenizer.token_dtype)

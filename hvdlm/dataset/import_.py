@@ -6,7 +6,7 @@ import argparse
 import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -28,8 +28,8 @@ from hvdlm.text.tokenizer import load
 
 HELP = "make a data set from token files of Megatron-LM or nanoGPT"
 DESCRIPTION = (
-    "Make a data set from token files, without encoding anything again. Memory stays bounded: a shard of "
-    "each split. The same files and options give the same bytes."
+    "Make a data set from token files, without encoding anything again, in bounded memory. The same files "
+    "and options give the same bytes."
 )
 _VAL_FRACTION = 0.05
 _MIN_SHARD_TOKENS = 16
@@ -100,8 +100,10 @@ def run(args: argparse.Namespace) -> int:
     total_bytes = sum(_token_bytes(path, args.format) for path in (*inputs, *val))
     with _work_folder(args.out) as work:
         write_atomic(work / info.file, tokenizer.json_bytes)
-        writers = _writers(work, info, id_bytes(tokenizer), args.shard_tokens)
-        with Progress("import", total_bytes) as progress:
+        with (
+            _writers(work, info, id_bytes(tokenizer), args.shard_tokens) as writers,
+            Progress("import", total_bytes) as progress,
+        ):
 
             def read(paths: Sequence[Path]) -> Iterator[Chunk]:
                 for path in paths:
@@ -156,11 +158,17 @@ def _read(path: Path, kind: str, info: TokenizerInfo, report: Callable[[int], No
     yield from with_eos(in_vocabulary(counted(chunks), info, where=str(path)), info.eos_id)
 
 
-def _writers(work: Path, info: TokenizerInfo, text: np.ndarray, shard_tokens: int) -> dict[str, Repacker]:
-    return {
-        split: Repacker(work, split, shard_tokens=shard_tokens, tokenizer=info, id_bytes=text)
-        for split in SPLITS
-    }
+@contextmanager
+def _writers(
+    work: Path, info: TokenizerInfo, text: np.ndarray, shard_tokens: int
+) -> Iterator[dict[str, Repacker]]:
+    with ExitStack() as stack:
+        yield {
+            split: stack.enter_context(
+                Repacker(work, split, shard_tokens=shard_tokens, tokenizer=info, id_bytes=text)
+            )
+            for split in SPLITS
+        }
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from hvdlm.preprocess.arguments import parse
 from hvdlm.preprocess.report import summary
 from hvdlm.run.stop import deadline
 
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _STOP_MARGIN_S = 60.0
 _LEAVE_S = 10.0
 
@@ -71,8 +72,7 @@ def _run(options: Options, workers: int, *, force: bool) -> int:
 def _listening(crew: Crew) -> Iterator[threading.Event]:
     """An event that is set by the signals of a batch system, and shortly before the job's end."""
     stop = threading.Event()
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in _SIGNALS}
     # One process of a job asks; its wish to stop reaches the others.
     end = deadline(job_end(os.environ).unix, _STOP_MARGIN_S) if crew.rank == 0 or crew.apart else 0.0
     timer = threading.Timer(max(0.0, end - time.time()), stop.set)
@@ -99,4 +99,7 @@ def _leave(crew: Crew, exit_code: int) -> int:
 
 
 if __name__ == "__main__":
+    # Also while it leaves: `srun --kill-on-bad-exit` sends TERM when the first task has left with 75.
+    for _number in _SIGNALS:
+        signal.signal(_number, signal.SIG_IGN)
     sys.exit(run_command("preprocess", main))

@@ -29,6 +29,7 @@ _PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "setpriv", "unsh
 _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 _NAMESPACES = ["unshare", "--pid", "--mount-proc", "--uts", "--fork", "--kill-child"]
 # Without %n in TmpFS the nodes collide on the PMIx plugin's folder and srun --mpi=pmix fails.
+# A requeued job waits until the credentials of its last start have expired: two minutes by default.
 # KillWait (30 by default) is how long the peers of a killed task outlive it: TERM asks them to save first.
 _CONF = """\
 ClusterName=hvdlm
@@ -37,7 +38,7 @@ SlurmctldPort={ports[0]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}
 SlurmdSpoolDir={folder}/%n
 SlurmdPidFile={folder}/%n.pid

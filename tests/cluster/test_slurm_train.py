@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,39 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests import helpers
+from tests.cluster.jobs import batch, job_of, srun
 
 pytestmark = pytest.mark.usefixtures("slurm")
 
-ROOT = Path(__file__).parents[2]
 ENDLESS = ("--train.steps", "100000", "--checkpoint.every", "10", "--eval.every", "0", "--log.every", "1000")
 WITHIN_S = 15.0
-
-
-def srun(tasks: int, *more: str) -> list[str]:
-    """A step that is spread over both nodes where it has several tasks."""
-    return ["srun", f"--ntasks={tasks}", f"--nodes={min(tasks, 2)}", *more]
-
-
-def batch(script: str, log: Path, *more: str) -> set[str]:
-    """Run a batch job, or an array of them, to the end; the exit codes.
-
-    Not by `sbatch --wait`, which looks ever more seldom and learns of the end half a minute late.
-    """
-    command = ["sbatch", "--parsable", f"--output={log}", "--ntasks=2", *more, f"--wrap={script}"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    job = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.strip()
-    helpers.wait_until(
-        lambda: not ask("squeue", "--noheader", f"--jobs={job}"), within_s=90, what=f"job {job}"
-    )
-    return set(re.findall(r" ExitCode=(\d+):", ask("scontrol", "--oneliner", "show", "job", job)))
-
-
-def ask(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def job_of(process: subprocess.Popen[str]) -> str:
-    return helpers.ranks_of(process)[0].environ()["SLURM_JOB_ID"]
 
 
 def test_two_tasks_on_two_nodes_train_as_one_run(tiny_data: Path, tmp_path: Path) -> None:

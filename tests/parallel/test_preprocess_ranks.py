@@ -11,36 +11,20 @@ import pytest
 
 from hvdlm.corpus import existing
 from tests import helpers
-
-SOME = ["--tokenizer", "bpe", "--vocab-size", "300", "--shard-tokens", "150000", "--dedup", "exact"]
+from tests.corpora import contents, preprocess_command, write_corpus
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight tasks of text in two kinds of files, a quarter of the documents twice."""
-    folder = tmp_path_factory.mktemp("corpus")
-    choose = random.Random(0)
-    words = ["".join(choose.choices("abcdefghij", k=choose.randrange(1, 9))) for _ in range(2000)]
-    texts = [" ".join(choose.choices(words, k=choose.randrange(1, 900))) for _ in range(2400)]
-    texts += choose.choices(texts, k=800)
-    for name, part in (("a", texts[:2000]), ("b", texts[2000:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
-    return folder
-
-
-def command(corpus: Path, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "hvdlm.preprocess", str(corpus), "--out", str(out), *SOME, *more]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "seconds.json"}
+    """Eight tasks of text."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
-def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What one process makes, undisturbed."""
     out = tmp_path_factory.mktemp("expected")
-    done = helpers.run(command(corpus, out, "--workers", "1"))
+    done = helpers.run(preprocess_command(corpus, out, "--workers", "1"))
     assert done.returncode == 0, done.stdout
     assert len([*out.glob("train-*.h5")]) > 8
     assert json.loads((out / "stats.json").read_text())["left_out"]["duplicate"] == 800
@@ -48,15 +32,17 @@ def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_do_not_show(ranks: int, corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    done = helpers.run([*helpers.mpirun(ranks), *command(corpus, tmp_path / "out", "--workers", "1")])
+def test_ranks_do_not_show(ranks: int, corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
+    done = helpers.run(
+        [*helpers.mpirun(ranks), *preprocess_command(corpus, tmp_path / "out", "--workers", "1")]
+    )
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("documents  ") == 1
     assert contents(tmp_path / "out") == expected
 
 
 def test_killed_at_random_moments_and_started_again_with_others(
-    corpus: Path, expected: dict[str, bytes], tmp_path: Path
+    corpus: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     kill_and_restart(corpus, tmp_path / "out", starts=4, seed=1)
     assert contents(tmp_path / "out") == expected
@@ -71,24 +57,29 @@ def kill_and_restart(corpus: Path, out: Path, *, starts: int, seed: int) -> int:
     choose, killed = random.Random(seed), 0
     for _ in range(starts):
         ranks = choose.randrange(1, 4)
-        full = [*helpers.mpirun(ranks), *command(corpus, out, "--workers", str(choose.randrange(1, 3)))]
+        full = [
+            *helpers.mpirun(ranks),
+            *preprocess_command(corpus, out, "--workers", str(choose.randrange(1, 3))),
+        ]
         with helpers.started(full, {}) as process:
             time.sleep(choose.uniform(0.4, 1.8))
             for victim in helpers.family(process):
                 victim.kill()
             killed += process.wait() != 0
             process.communicate()
-    done = helpers.run([*helpers.mpirun(2), *command(corpus, out, "--workers", "1")])
+    done = helpers.run([*helpers.mpirun(2), *preprocess_command(corpus, out, "--workers", "1")])
     assert done.returncode == 0, done.stdout
     return killed
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_to_one_rank_stops_all_with_75_and_the_next_goes_on(
-    number: signal.Signals, corpus: Path, expected: dict[str, bytes], tmp_path: Path
+    number: signal.Signals, corpus: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    with helpers.started([*helpers.mpirun(2), *command(corpus, out, "--workers", "1")], {}) as process:
+    with helpers.started(
+        [*helpers.mpirun(2), *preprocess_command(corpus, out, "--workers", "1")], {}
+    ) as process:
         encoded = out / existing.WORK_NAME / "done" / "encode"
         helpers.wait_until(lambda: len([*encoded.glob("0*.json")]) >= 2, within_s=60, what="two tasks")
         ranks = [one for one in helpers.family(process) if "hvdlm.preprocess" in one.cmdline()]
@@ -97,7 +88,7 @@ def test_a_signal_to_one_rank_stops_all_with_75_and_the_next_goes_on(
     assert process.returncode == 75, output
     assert "stopped; the same command goes on from there" in output
     assert not (out / "manifest.json").exists()
-    done = helpers.run(command(corpus, out, "--workers", "2"))
+    done = helpers.run(preprocess_command(corpus, out, "--workers", "2"))
     assert done.returncode == 0, done.stdout
     assert "of them were done before" in done.stdout
     assert contents(out) == expected
@@ -120,7 +111,7 @@ def test_one_ranks_failure_stops_all_with_its_message(corpus: Path, tmp_path: Pa
     assert "Traceback" not in done.stdout
 
 
-def test_a_job_array_makes_one_data_set(corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_job_array_makes_one_data_set(corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
     """The environment of Slurm's elements; the last two start when the first is at work."""
     out, parts = tmp_path / "out", []
     for element in range(3):
@@ -130,7 +121,7 @@ def test_a_job_array_makes_one_data_set(corpus: Path, expected: dict[str, bytes]
             "SLURM_ARRAY_TASK_MIN": "4",
             "SLURM_ARRAY_TASK_COUNT": "3",
         }
-        parts.append(helpers.started(command(corpus, out, "--workers", "1"), env))
+        parts.append(helpers.started(preprocess_command(corpus, out, "--workers", "1"), env))
     with parts[0] as first:
         work = out / existing.WORK_NAME / "starts" / "array-71"
         helpers.wait_until(work.exists, within_s=30, what="the first element's start")
@@ -140,12 +131,16 @@ def test_a_job_array_makes_one_data_set(corpus: Path, expected: dict[str, bytes]
     assert contents(out) == expected
 
 
-def test_srun_without_a_pmi_needs_no_mpi(corpus: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+def test_srun_without_a_pmi_needs_no_mpi(corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
     out, outputs = tmp_path / "out", []
     slurm = {"SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
     with (
-        helpers.started(command(corpus, out, "--workers", "1"), {**slurm, "SLURM_PROCID": "0"}) as one,
-        helpers.started(command(corpus, out, "--workers", "1"), {**slurm, "SLURM_PROCID": "1"}) as two,
+        helpers.started(
+            preprocess_command(corpus, out, "--workers", "1"), {**slurm, "SLURM_PROCID": "0"}
+        ) as one,
+        helpers.started(
+            preprocess_command(corpus, out, "--workers", "1"), {**slurm, "SLURM_PROCID": "1"}
+        ) as two,
     ):
         outputs = [process.communicate(timeout=90)[0] for process in (one, two)]
     assert (one.returncode, two.returncode) == (0, 0), outputs

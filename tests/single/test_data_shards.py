@@ -152,7 +152,7 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_shard(tmp_path: Path
         script = (
             "import sys, os, signal; sys.path.insert(0, sys.argv[1]); from pathlib import Path;"
             "from test_data_shards import write; import hvdlm.data.shards as shards;"
-            f"shards.{place} = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
+            f"shards.{place} = lambda *a, **b: os.kill(os.getpid(), signal.SIGKILL);"
             "write(Path(sys.argv[2]) / 'train-00000.h5', 50_000)"
         )
         done = subprocess.run([sys.executable, "-c", script, Path(__file__).parent, folder])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import foreign
@@ -20,6 +21,7 @@ from hvdlm.data.verify_all import verify_folder
 from hvdlm.dataset.__main__ import main
 from hvdlm.text import TOKENIZERS
 from hvdlm.text.tokenizer import from_library
+from tests import helpers
 
 BYTE = from_library(TOKENIZERS["byte"]([], 0))
 END = BYTE.eos_id
@@ -151,6 +153,41 @@ def test_a_document_goes_by_its_first_ids_in_whatever_chunks(monkeypatch: pytest
         assert last == {
             split: (np.flatnonzero(np.array(ids) == END) + 1).tolist() for split, ids in got.items()
         }
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from hvdlm.dataset.__main__ import main
+main(sys.argv[1:])
+print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_shards(tmp_path: Path, tokenizer: Path) -> None:
+    """Nor with the file: 64 MB of tokens, all of one shard, beside 4 MB."""
+    peaks_mib = []
+    for number, count in enumerate((1 << 21, 1 << 25)):
+        ids = np.random.default_rng(0).integers(0, 256, count, dtype="<u2")
+        ids[999::1000] = END
+        path, out = tmp_path / f"{number}.bin", tmp_path / f"out{number}"
+        ids.tofile(path)
+        arguments = ["import", str(path), "--format", "nanogpt", "--tokenizer", str(tokenizer)]
+        done = helpers.run([sys.executable, "-c", PEAK, *arguments, "--out", str(out)])
+        assert done.returncode == 0, done.stdout
+        peaks_mib.append(int(done.stdout.split()[-1]) / 1024)
+        assert len(read_manifest(out).split("train")) == 1
+    assert peaks_mib[1] < peaks_mib[0] + 16, peaks_mib
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, tokenizer: Path) -> None:
+    np.array([*[1] * 99, END] * 20_000, "<u2").tofile(tmp_path / "a.bin")
+    with helpers.small_disk(tmp_path / "small", size_kib=1024):
+        arguments = [str(tmp_path / "a.bin"), "--format", "nanogpt", "--tokenizer", str(tokenizer)]
+        with pytest.raises(UserError, match="No space left on device; free space") as caught:
+            main(["import", *arguments, "--out", str(tmp_path / "small" / "out")])
+        assert caught.value.exit_code == 1
+        assert not (tmp_path / "small" / "out").exists()
 
 
 def test_export_and_import_are_inverse(tmp_path: Path, tokenizer: Path) -> None:

@@ -30,13 +30,14 @@ ROOT = Path(__file__).resolve().parents[2]
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md")
 DOCUMENTS = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
 TAGS = {"sh", "text"}
-HEADS = ("python -m ", "./install.sh", "make ", "mpirun ", "horovodrun ", "srun ")
+HEADS = ("python -m ", "./install.sh", "make ", "mpirun ", "horovodrun ", "srun ", "sbatch ")
 LAUNCHER_OPTIONS = {
     "mpirun": {"-np", *helpers.MPI_OPTIONS},
     "horovodrun": {"-np", "--gloo"},
     "srun": {"--mpi=pmix"},
 }
 """What tests/parallel/ runs."""
+SBATCH_OPTIONS = {"--nodes", "--time", "--array"}
 RUN_ELSEWHERE = {
     "touch data/runs/demo/STOP": "tests/parallel/test_train_stop.py::stop_by_file",
     "kill -USR1 PID": "tests/parallel/test_train_stop.py::stop_by_usr1_to_mpirun",
@@ -89,6 +90,8 @@ def test_every_command_is_understood(line: str, tmp_path: Path, monkeypatch: pyt
         words = words[: words.index(">")]
     if words[0] in LAUNCHER_OPTIONS:
         words = without_launcher(words)
+    if words[0] == "sbatch":
+        words = without_sbatch(words)
     command = " ".join(words)
     if words[0] == "./install.sh":
         check_install(words[1:])
@@ -115,6 +118,16 @@ def without_launcher(words: list[str]) -> list[str]:
     assert options <= LAUNCHER_OPTIONS[words[0]]
     assert words[0] == "srun" or "-np" in options
     return words[program:]
+
+
+def without_sbatch(words: list[str]) -> list[str]:
+    """The command that a script of slurm/ gives its arguments to."""
+    place = next(i for i, word in enumerate(words) if i and not word.startswith("--"))
+    script = ROOT / words[place]
+    assert {word.partition("=")[0] for word in words[1:place]} <= SBATCH_OPTIONS
+    found = re.search(r"python -m (hvdlm\.\w+) .*\"\$@\"", script.read_text())
+    assert found
+    return ["python", "-m", found[1], *words[place + 1 :]]
 
 
 def check_install(arguments: list[str]) -> None:

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from hvdlm.config import run_command
-from hvdlm.corpus import build, demo, existing, install, plan, stdlib
+from hvdlm.corpus import build, demo, existing, hold, install, plan, stdlib
 from hvdlm.corpus.crew import alone
 from hvdlm.data.manifest import read_manifest
 from hvdlm.preprocess.__main__ import main
@@ -341,7 +341,7 @@ def test_an_output_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) ->
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("a\nb\nc\nd\n")
-    with existing.claimed(tmp_path / "out", wait=False, crew=alone()):
+    with hold.claimed(tmp_path / "out", existing.WORK_NAME, wait=False, crew=alone()):
         assert run(tmp_path / "a.txt", "--out", tmp_path / "out") == 2
     assert "another preprocess writes there" in capsys.readouterr().err
 
