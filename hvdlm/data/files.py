@@ -8,7 +8,7 @@ import re
 import secrets
 import stat
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, final
@@ -143,19 +143,27 @@ class OpenFiles:
 
     def __init__(self, files: Sequence[tuple[Path, int]], *, limit: int) -> None:
         self._files, self._limit = files, limit
-        self._crowded = len(files) > limit
         self._fds: OrderedDict[int, int] = OrderedDict()
-
-    def get(self, index: int) -> int:
-        """The descriptor of a file, opened and checked at first use.
+        self.get: Callable[[int], int] = self._get
+        """The descriptor of a file by its index, opened and checked at first use.
 
         Raises:
             UserError: As `open_checked`.
         """
+        if len(files) <= limit:
+            # Nothing is ever closed: a dictionary that opens what it lacks is five times as fast.
+            self._fds = _Opening(files)
+            self.get = self._fds.__getitem__
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def _get(self, index: int) -> int:
         fd = self._fds.get(index)
         if fd is not None:
-            if self._crowded:
-                self._fds.move_to_end(index)
+            self._fds.move_to_end(index)
             return fd
         if len(self._fds) >= self._limit:
             os.close(self._fds.popitem(last=False)[1])
@@ -163,10 +171,18 @@ class OpenFiles:
         self._fds[index] = fd
         return fd
 
-    def close(self) -> None:
-        """Close every descriptor."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+
+class _Opening(OrderedDict[int, int]):
+    """Descriptors by index, opened where one is missing."""
+
+    def __init__(self, files: Sequence[tuple[Path, int]]) -> None:
+        super().__init__()
+        self._files = files
+
+    def __missing__(self, index: int) -> int:
+        fd = open_checked(*self._files[index])
+        self[index] = fd
+        return fd
 
 
 def fsync(path: Path) -> None:

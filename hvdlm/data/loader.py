@@ -25,8 +25,9 @@ _MAX_THREADS = 2  # The second carries on while one waits for a slow read; more 
 _BLOCK_SAMPLES = 1 << 14  # Samples located at a time.
 _EVALUATION_SEED = 0x6576616C  # One order for all runs, whatever their seed.
 
-Place: TypeAlias = tuple[int, list[list[int]], list[list[int]]]
-"""A step; and of each window of each slot of this share, the shard and the first token in it."""
+Place: TypeAlias = tuple[int, list[list[int]], list[list[int]], list[list[int]]]
+"""A step; and of each window of each slot of this share, the shard, the first token in it, and the byte
+offset of that token in the file."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,9 @@ class Loader:
         self._slots = share_of(plan.slots, share)
         self._counts = window_counts(sources, split, plan.seq_len)
         self._first = first_windows(tokens_of(sources, split), plan.seq_len)
+        self._token_bytes = np.dtype(sources[0].manifest.tokenizer.token_dtype).itemsize
+        extents = (entry.extents for _, entry in shards_of(sources, split))
+        self._offsets = np.array([extent.tokens.offset for extent in extents], dtype=np.int64)
         self._chunks = chunks_of(sources, plan)
         self._prefetch_steps = prefetch_steps
         self._prefetcher: Prefetcher[StepBatch] | None = None
@@ -166,18 +170,18 @@ class Loader:
         try:
             for place in self._places(first_step, stride):
                 if ahead:
-                    ahead.announce(*place[1:])
+                    ahead.announce(*place[1:3])
                 yield self._batch(place[0], self._read_slots(reader, recycler.take(), place))
         finally:
             reader.close()
 
     def _read_slots(self, reader: WindowReader, memory: np.ndarray, place: Place) -> list[Slot]:
-        step, shards, firsts = place
+        step, shards, firsts, places = place
         return [
             Slot(
                 index,
                 slot_seed(self._plan.seed, step, index),
-                reader.read(shards[k], firsts[k], out=memory[k]),
+                reader.read(shards[k], firsts[k], places=places[k], out=memory[k]),
             )
             for k, index in enumerate(self._slots)
         ]
@@ -194,8 +198,9 @@ class Loader:
             )
             shape = (steps_a_block, len(self._slots), plan.micro_batch)
             shards, firsts = (a.reshape(shape) for a in locate(windows, self._first, plan.seq_len))
+            places = self._offsets[shards] + firsts * self._token_bytes
             for k, step in enumerate(steps.tolist()):
-                yield step, shards[k].tolist(), firsts[k].tolist()
+                yield step, shards[k].tolist(), firsts[k].tolist(), places[k].tolist()
 
     def _batch(self, step: int, slots: list[Slot]) -> StepBatch:
         first, end = step_samples(step, self._plan.global_batch)

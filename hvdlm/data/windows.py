@@ -58,13 +58,20 @@ class WindowReader:
             self._boundaries = Boundaries(self._paths, entries, self._files, seq_len=seq_len)
 
     def read(
-        self, shards: Sequence[int], firsts: Sequence[int], *, out: np.ndarray | None = None
+        self,
+        shards: Sequence[int],
+        firsts: Sequence[int],
+        *,
+        places: Sequence[int] | None = None,
+        out: np.ndarray | None = None,
     ) -> dict[str, torch.Tensor]:
         """Read a batch of m windows, full or cut short by the end of their shard.
 
         Args:
             shards: m indices into the split's shards, through all sources.
             firsts: m first tokens.
+            places: m byte offsets of those tokens in their files, where all windows are full; None = they
+                are found here.
             out: int64 [m, T + 1] to be filled and shared with the result; None = fresh memory.
 
         Returns:
@@ -75,7 +82,7 @@ class WindowReader:
         Raises:
             UserError: A file is missing, changed or broken, or holds an id that the tokenizer has not.
         """
-        raw, short = self._fill(shards, firsts)
+        raw, short = self._fill(shards, firsts, places)
         buffer = np.empty(raw.shape, np.int64) if out is None else out
         np.copyto(buffer, raw)
         tokens, labels = buffer[:, :-1], buffer[:, 1:]
@@ -106,7 +113,9 @@ class WindowReader:
         """Close the files."""
         self._files.close()
 
-    def _fill(self, shards: Sequence[int], firsts: Sequence[int]) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    def _fill(
+        self, shards: Sequence[int], firsts: Sequence[int], places: Sequence[int] | None
+    ) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """The raw ids [m, T + 1], zero after a short window; row and number of ids of the short ones.
 
         The array is filled anew by the next call.
@@ -114,31 +123,38 @@ class WindowReader:
         if len(self._raw) != len(shards):
             self._raw = np.empty((len(shards), self._seq_len + 1), self._dtype)
             self._rows = [row.data.cast("B") for row in self._raw]
-        short = self._read_rows(shards, firsts)
-        for row, count in short:
-            self._raw[row, count:] = 0
+        rows, short = self._rows, list[tuple[int, int]]()
+        if places is None:
+            places, short = self._find(shards, firsts)
+            rows = rows.copy()
+        for index, count in short:
+            rows[index] = rows[index][: count * self._dtype.itemsize]
+            self._raw[index, count:] = 0
+        self._read_rows(rows, shards, places)
         # An id beyond the embedding would surface as an index error deep in the model.
         if len(shards) and int(self._raw.max()) >= self._vocab_size:
             self._refuse_id(self._raw, shards, firsts)
         return self._raw, short
 
-    def _read_rows(self, shards: Sequence[int], firsts: Sequence[int]) -> list[tuple[int, int]]:
+    def _find(self, shards: Sequence[int], firsts: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """The byte offset of each window in its file; row and number of ids of the short ones."""
+        places, short, size = [], [], self._dtype.itemsize
+        for index, (shard, first) in enumerate(zip(shards, firsts, strict=True)):
+            offset, tokens = self._extents[shard]
+            places.append(offset + first * size)
+            if first + self._seq_len + 1 > tokens:
+                short.append((index, tokens - first))
+        return places, short
+
+    def _read_rows(self, rows: Sequence[memoryview], shards: Sequence[int], places: Sequence[int]) -> None:
         """One system call a window; whatever else is done here for each is felt in the loader's speed."""
-        extents, descriptor, preadv = self._extents, self._files.get, os.preadv
-        width, size, shard, place = self._seq_len + 1, self._dtype.itemsize, 0, 0
-        short: list[tuple[int, int]] = []
+        descriptor, preadv, shard, place = self._files.get, os.preadv, 0, 0
         try:
-            for index, (row, shard, first) in enumerate(zip(self._rows, shards, firsts, strict=True)):
-                offset, tokens = extents[shard]
-                place = offset + first * size
-                if first + width > tokens:
-                    short.append((index, tokens - first))
-                    row = row[: (tokens - first) * size]
-                if preadv(descriptor(shard), (row,), place) != row.nbytes:
+            for row, shard, place in zip(rows, shards, places, strict=True):
+                if preadv(descriptor(shard), (row,), place) != len(row):
                     read_exactly(descriptor(shard), row, place, self._paths[shard])
         except OSError as error:
             refuse_read(self._paths[shard], error, f" at byte {place}")
-        return short
 
     def _refuse_id(self, raw: np.ndarray, shards: Sequence[int], firsts: Sequence[int]) -> None:
         row, column = np.argwhere(raw >= self._vocab_size)[0].tolist()
