@@ -57,7 +57,8 @@ def test_the_death_of_the_launcher_leaves_no_orphan(
         helpers.wait_for_step(run_folder, 15)
         helpers.send(process, number)
         assert_all_gone(process)
-        assert process.wait() != 0
+    # The launcher's own code is not asked: that of `horovodrun --gloo` was once 0 after TERM.
+    assert helpers.exit_record(run_folder)["state"] != "done"
     assert_resumes(tiny_data, run_folder)
 
 
