@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from hvdlm.config import ModelConfig
+from hvdlm.models.cross_entropy import IGNORED_LABEL, linear_cross_entropy
 from hvdlm.models.layers import Attention, KVCache, RMSNorm, SwiGLU, fill_normal_, rotary_table
 from hvdlm.models.masks import causal_mask, document_mask
-
-IGNORED_LABEL = -100
-"""Label of a position that does not count (padding, masked text)."""
 
 INIT_STD = 0.02
 
@@ -115,12 +113,7 @@ class Transformer(nn.Module):
         """
         if cache and positions is not None:
             raise ValueError("positions came with a KV cache, which holds one document; give one of them")
-        x_BTD = self.embedding(tokens)
-        rotary, mask = self._places(x_BTD, cache.length if cache else 0, positions)
-        for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rotary, mask, cache, layer)
-        if cache:
-            cache.advance(tokens.shape[1])
+        x_BTD = self._stream(tokens, cache, positions)
         x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
         return F.linear(x_BTD, self._output_weight())
 
@@ -135,8 +128,8 @@ class Transformer(nn.Module):
         Returns:
             Sum of the losses in nats (fp32, 0-d), and the number of labels that count (int64, 0-d).
         """
-        logits = self(tokens, positions=positions).flatten(0, 1).float()
-        loss_sum = F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORED_LABEL)
+        hidden_ND = self.norm(self._stream(tokens, None, positions)).flatten(0, 1)
+        loss_sum = linear_cross_entropy(hidden_ND, self._output_weight(), labels.flatten())
         return loss_sum, (labels != IGNORED_LABEL).sum()
 
     def new_cache(self, batch: int, positions: int) -> KVCache:
@@ -160,6 +153,16 @@ class Transformer(nn.Module):
         matrices = sum(p.numel() for n, p in self.blocks.named_parameters() if not n.endswith("norm.weight"))
         matrices += self._output_weight().numel()
         return 6 * matrices + 12 * self.config.layers * self.config.width * seq_len
+
+    def _stream(self, tokens: Tensor, cache: KVCache | None, positions: Tensor | None) -> Tensor:
+        """The residual stream [B, T, D] after the last block; arguments as `forward`."""
+        x_BTD = self.embedding(tokens)
+        rotary, mask = self._places(x_BTD, cache.length if cache else 0, positions)
+        for layer, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, rotary, mask, cache, layer)
+        if cache:
+            cache.advance(tokens.shape[1])
+        return x_BTD
 
     def _places(
         self, x_BTD: Tensor, first: int, positions_BT: Tensor | None
