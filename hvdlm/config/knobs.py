@@ -32,6 +32,8 @@ class ModelConfig:
     """Epsilon inside RMSNorm."""
     dropout: float = 0.0
     """Dropout probability on residual branches, seeded per (seed, step, slot)."""
+    checkpoint_activations: bool = False
+    """Keep only each block's input for the backward pass, which computes the rest again: less memory."""
     init: str = "random"
     """'random', or a folder with a Hugging Face Llama model to continue from."""
 

@@ -8,11 +8,12 @@ Source: Touvron et al., "LLaMA", 2023, section 2.2.
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import checkpoint
 
 from hvdlm.config import ModelConfig
 from hvdlm.models.cross_entropy import IGNORED_LABEL, linear_cross_entropy
@@ -142,8 +143,11 @@ class Transformer(nn.Module):
         """Floating-point operations to train on one token (forward and backward), for MFU.
 
         Six for each weight of a matrix multiplication (two forward, four backward; the embedding is a
-        look-up, the output projection counts also where tied), and 12 D T a layer for attention
-        (causality is not discounted).
+        look-up, the output projection counts also where tied), and 12 D T a layer for attention,
+        also with fewer key and value heads (causality is not discounted).
+
+        What a model needs is counted, not what is done: neither what activation checkpointing or a fused
+        attention computes again, nor less where a document mask lets blocks of attention be skipped.
 
         Args:
             seq_len: tokens in a sequence.
@@ -159,10 +163,22 @@ class Transformer(nn.Module):
         x_BTD = self.embedding(tokens)
         rotary, mask = self._places(x_BTD, cache.length if cache else 0, positions)
         for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rotary, mask, cache, layer)
+            if self.training and self.config.checkpoint_activations and not cache:
+                x_BTD = self._checkpointed(block, x_BTD, rotary, mask)
+            else:
+                x_BTD = block(x_BTD, rotary, mask, cache, layer)
         if cache:
             cache.advance(tokens.shape[1])
         return x_BTD
+
+    def _checkpointed(self, block: nn.Module, x_BTD: Tensor, *shared: Any) -> Tensor:
+        """A block of which only the input is kept; the backward pass draws the same dropout again.
+
+        Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, section 4.
+        """
+        draws = self.config.dropout > 0
+        y_BTD: Tensor = checkpoint(block, x_BTD, *shared, use_reentrant=False, preserve_rng_state=draws)
+        return y_BTD
 
     def _places(
         self, x_BTD: Tensor, first: int, positions_BT: Tensor | None
