@@ -163,10 +163,12 @@ class Transformer(nn.Module):
         x_BTD = self.embedding(tokens)
         rotary, mask = self._places(x_BTD, cache.length if cache else 0, positions)
         for layer, block in enumerate(self.blocks):
+            # A compiled block would be compiled again for every way of calling it in evaluation.
+            call = block if self.training else block.forward
             if self.training and self.config.checkpoint_activations and not cache:
                 x_BTD = self._checkpointed(block, x_BTD, rotary, mask)
             else:
-                x_BTD = block(x_BTD, rotary, mask, cache, layer)
+                x_BTD = call(x_BTD, rotary, mask, cache, layer)
         if cache:
             cache.advance(tokens.shape[1])
         return x_BTD

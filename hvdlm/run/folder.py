@@ -20,6 +20,7 @@ CHECKPOINTS = "checkpoints"
 _FREE_SECTIONS = ("parallel", "log", "eval", "checkpoint")
 _FREE_KEYS = {
     "model.checkpoint_activations",
+    "model.compile",
     "train.steps",
     "train.tokens",
     "train.micro_batch",
