@@ -32,6 +32,10 @@ class ModelConfig:
     """Epsilon inside RMSNorm."""
     dropout: float = 0.0
     """Dropout probability on residual branches, seeded per (seed, step, slot)."""
+    checkpoint_activations: bool = False
+    """Keep only each block's input for the backward pass, which computes the rest again: less memory."""
+    compile: bool = False
+    """Compile the blocks with torch.compile for training: a minute at the start, for faster steps."""
     init: str = "random"
     """'random', or a folder with a Hugging Face Llama model to continue from."""
 

@@ -3,8 +3,9 @@
 A model is an `nn.Module` built from the model section and a padded vocabulary size, with
 `loss(tokens, labels, positions=None) -> (fp32 sum, count)`,
 `forward(tokens, cache=None, *, last_only=False, positions=None)`, `new_cache(batch, positions)` and
-`flops_per_token(seq_len)`. Given `positions`, of each token in its document, a token sees its document
-alone. To add one: a module here, a line in `MODELS`, its kind in `ModelConfig`;
+`flops_per_token(seq_len)`; what `model.compile` compiles is in `blocks`. Given `positions`, of each token
+in its document, a token sees its document alone. To add one: a module here, a line in `MODELS`, its kind
+in `ModelConfig`;
 tests/single/test_models_conformance.py then tests it.
 """
 

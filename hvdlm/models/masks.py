@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from hvdlm.models.compilation import compiled
 
 _BLOCK_POSITIONS = 128  # Flex attention skips or computes so many as one.
 _SMALLEST_HEAD = 16  # Flex attention's kernels take no smaller one.
@@ -66,12 +67,9 @@ def block_mask(documents_BT: Tensor) -> BlockMask:
 def attend_in_blocks(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: BlockMask) -> Tensor:
     """Scaled dot-product attention where a block mask allows it -> [B, H, T, K]."""
     has_groups = q_BHTK.shape[1] != k_BGSK.shape[1]
-    y_BHTK: Tensor = compiled(flex_attention)(q_BHTK, k_BGSK, v_BGSK, block_mask=mask, enable_gqa=has_groups)
+    # Within a compiled block it is compiled as part of it.
+    attention: Callable[..., Any] = flex_attention
+    if not torch.compiler.is_compiling():
+        attention = compiled(flex_attention)
+    y_BHTK: Tensor = attention(q_BHTK, k_BGSK, v_BGSK, block_mask=mask, enable_gqa=has_groups)
     return y_BHTK
-
-
-@functools.cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile, once a process: uncompiled, flex attention fills in the whole matrix of scores."""
-    # In this thread: the compiler's pool would be a process for each core beside every rank.
-    return torch.compile(function, options={"compile_threads": 1})

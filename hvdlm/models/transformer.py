@@ -8,18 +8,17 @@ Source: Touvron et al., "LLaMA", 2023, section 2.2.
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import checkpoint
 
 from hvdlm.config import ModelConfig
+from hvdlm.models.cross_entropy import IGNORED_LABEL, linear_cross_entropy
 from hvdlm.models.layers import Attention, KVCache, RMSNorm, SwiGLU, fill_normal_, rotary_table
 from hvdlm.models.masks import causal_mask, document_mask
-
-IGNORED_LABEL = -100
-"""Label of a position that does not count (padding, masked text)."""
 
 INIT_STD = 0.02
 
@@ -115,12 +114,7 @@ class Transformer(nn.Module):
         """
         if cache and positions is not None:
             raise ValueError("positions came with a KV cache, which holds one document; give one of them")
-        x_BTD = self.embedding(tokens)
-        rotary, mask = self._places(x_BTD, cache.length if cache else 0, positions)
-        for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rotary, mask, cache, layer)
-        if cache:
-            cache.advance(tokens.shape[1])
+        x_BTD = self._stream(tokens, cache, positions)
         x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
         return F.linear(x_BTD, self._output_weight())
 
@@ -135,8 +129,8 @@ class Transformer(nn.Module):
         Returns:
             Sum of the losses in nats (fp32, 0-d), and the number of labels that count (int64, 0-d).
         """
-        logits = self(tokens, positions=positions).flatten(0, 1).float()
-        loss_sum = F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORED_LABEL)
+        hidden_ND = self.norm(self._stream(tokens, None, positions)).flatten(0, 1)
+        loss_sum = linear_cross_entropy(hidden_ND, self._output_weight(), labels.flatten())
         return loss_sum, (labels != IGNORED_LABEL).sum()
 
     def new_cache(self, batch: int, positions: int) -> KVCache:
@@ -149,8 +143,11 @@ class Transformer(nn.Module):
         """Floating-point operations to train on one token (forward and backward), for MFU.
 
         Six for each weight of a matrix multiplication (two forward, four backward; the embedding is a
-        look-up, the output projection counts also where tied), and 12 D T a layer for attention
-        (causality is not discounted).
+        look-up, the output projection counts also where tied), and 12 D T a layer for attention,
+        also with fewer key and value heads (causality is not discounted).
+
+        What a model needs is counted, not what is done: neither what activation checkpointing or a fused
+        attention computes again, nor less where a document mask lets blocks of attention be skipped.
 
         Args:
             seq_len: tokens in a sequence.
@@ -160,6 +157,30 @@ class Transformer(nn.Module):
         matrices = sum(p.numel() for n, p in self.blocks.named_parameters() if not n.endswith("norm.weight"))
         matrices += self._output_weight().numel()
         return 6 * matrices + 12 * self.config.layers * self.config.width * seq_len
+
+    def _stream(self, tokens: Tensor, cache: KVCache | None, positions: Tensor | None) -> Tensor:
+        """The residual stream [B, T, D] after the last block; arguments as `forward`."""
+        x_BTD = self.embedding(tokens)
+        rotary, mask = self._places(x_BTD, cache.length if cache else 0, positions)
+        for layer, block in enumerate(self.blocks):
+            # A compiled block would be compiled again for every way of calling it in evaluation.
+            call = block if self.training else block.forward
+            if self.training and self.config.checkpoint_activations and not cache:
+                x_BTD = self._checkpointed(block, x_BTD, rotary, mask)
+            else:
+                x_BTD = call(x_BTD, rotary, mask, cache, layer)
+        if cache:
+            cache.advance(tokens.shape[1])
+        return x_BTD
+
+    def _checkpointed(self, block: nn.Module, x_BTD: Tensor, *shared: Any) -> Tensor:
+        """A block of which only the input is kept; the backward pass draws the same dropout again.
+
+        Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, section 4.
+        """
+        draws = self.config.dropout > 0
+        y_BTD: Tensor = checkpoint(block, x_BTD, *shared, use_reentrant=False, preserve_rng_state=draws)
+        return y_BTD
 
     def _places(
         self, x_BTD: Tensor, first: int, positions_BT: Tensor | None

@@ -19,6 +19,8 @@ CHECKPOINTS = "checkpoints"
 # because the fingerprints of the data sets are compared instead.
 _FREE_SECTIONS = ("parallel", "log", "eval", "checkpoint")
 _FREE_KEYS = {
+    "model.checkpoint_activations",
+    "model.compile",
     "train.steps",
     "train.tokens",
     "train.micro_batch",

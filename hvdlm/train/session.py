@@ -17,6 +17,7 @@ from hvdlm.data.manifest import TokenizerInfo
 from hvdlm.data.order import share_of
 from hvdlm.data.sources import Source
 from hvdlm.models import MODELS, pad_vocab
+from hvdlm.models.compilation import compile_blocks_
 from hvdlm.models.llama import load_hf_
 from hvdlm.parallel import STRATEGIES, Strategy
 from hvdlm.run import exit_record, restore, stop
@@ -188,7 +189,7 @@ def build_model(config: RunConfig, tokenizer: TokenizerInfo, ranks: World, *, re
 
     Raises:
         AgreedError: `model.init` is no Llama model of this shape.
-        UserError: there is no such device.
+        UserError: there is no such device, or no compiler for `model.compile`.
 
     Collective: yes.
     """
@@ -197,7 +198,10 @@ def build_model(config: RunConfig, tokenizer: TokenizerInfo, ranks: World, *, re
     if config.model.init != "random" and not resumed:
         # On rank 0 alone: the strategy broadcasts its weights.
         ranks.on_root(lambda: load_hf_(model, Path(config.model.init)), name="session.init")
-    return model.to(device.pick(config.train.device, ranks.local_rank))
+    model = model.to(device.pick(config.train.device, ranks.local_rank))
+    if config.model.compile:
+        compile_blocks_(model)
+    return model
 
 
 def _build_strategy(config: RunConfig, model: nn.Module, ranks: World) -> Strategy:

@@ -19,6 +19,7 @@ BASES_THAT_MAKE_NO_FAMILY = {
     "UserError",
     "ValueError",
     "nn.Module",
+    "torch.autograd.Function",
     "ABC",
     "Protocol",
     "BaseHTTPRequestHandler",

@@ -184,6 +184,24 @@ def seeded(model, seed):
     return model(tokens())
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_checkpointed_activations_give_the_same_bits_from_less_memory(kind, masked):
+    results, saved_bytes = [], []
+    for checkpointed in (False, True):
+        kept = []
+        model = build(kind, dropout=0.3, checkpoint_activations=checkpointed)
+        torch.manual_seed(5)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            loss_sum, _ = model.loss(tokens(), tokens(seed=2), packed_positions() if masked else None)
+        loss_sum.backward()
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        saved_bytes.append(sum(size for where, size in storages.items() if where not in own))
+        results.append([loss_sum, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(plain, again) for plain, again in zip(*results, strict=True))
+    assert saved_bytes[1] < 0.6 * saved_bytes[0]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_initial_weights_depend_only_on_the_seed(kind, threads):
     torch.set_num_threads(1)

@@ -1,5 +1,7 @@
 """The transformer's own properties; what every model must do is in test_models_conformance.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,16 +38,40 @@ def test_automatic_mlp_width(width, expected):
     assert mlp_width(ModelConfig(width=width)) == expected
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("seq_len", [16, 80])
-def test_flops_per_token_equal_what_torch_counts(tied, seq_len):
-    config = ModelConfig(layers=3, width=64, heads=4, kv_heads=1, tie_embeddings=tied)
-    model = Transformer(config, 128)
-    tokens = torch.randint(128, (2, seq_len))
+def counted_flops(model, tokens, positions=None):
+    """Of forward and backward pass, as torch counts them."""
     # The other backends' backward passes compute the scores again, which MFU must not count.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.loss(tokens, tokens)[0].backward()
-    assert counter.get_total_flops() == model.flops_per_token(seq_len) * tokens.numel()
+        model.loss(tokens, tokens, positions)[0].backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("seq_len", [16, 80])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"layers": 3, "width": 64, "heads": 4, "kv_heads": 1},
+        {"layers": 2, "width": 96, "heads": 6, "kv_heads": 2, "mlp_width": 40},
+        {"layers": 1, "width": 128, "heads": 2},
+    ],
+    ids=["one-kv-head", "groups", "all-heads"],
+)
+def test_flops_per_token_equal_what_torch_counts(shape, tied, seq_len):
+    model = Transformer(ModelConfig(**shape, tie_embeddings=tied), 128)
+    tokens = torch.randint(128, (2, seq_len))
+    assert counted_flops(model, tokens) == model.flops_per_token(seq_len) * tokens.numel()
+
+
+def test_flops_per_token_count_what_is_needed_and_not_what_is_done():
+    """Checkpointing does the blocks' forward pass again, all but its last projection; a mask adds nothing."""
+    model, tokens = Transformer(SMALL, 64), torch.randint(64, (2, 32))
+    again = Transformer(replace(SMALL, checkpoint_activations=True), 64)
+    useful = model.flops_per_token(32)
+    assert again.flops_per_token(32) == useful
+    blocks_forward, last_projections = (useful - 6 * 64 * 64) / 3, 2 * SMALL.layers * 64 * 96
+    assert counted_flops(again, tokens) == (useful + blocks_forward - last_projections) * tokens.numel()
+    assert counted_flops(model, tokens, torch.arange(16).repeat(2, 2)) == useful * tokens.numel()
 
 
 def test_rotary_scores_depend_on_distance_only():
