@@ -32,10 +32,6 @@ def found(run: Path, *more: str) -> dict[str, Any]:
     return content
 
 
-def blend(**weights: Any) -> tuple[str, str]:
-    return "--data.path", json.dumps(weights)
-
-
 @pytest.fixture(scope="module")
 def other_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("other")
@@ -46,25 +42,23 @@ def other_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tiny_data: Path, other_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Killed on 2 ranks, resumed on 1, and from its end on 3 with another blend."""
+    """Killed on 2 ranks; on 1 to its end; on 3 with another blend; on 2 from an older checkpoint."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    alone = ("--data.path", str(tiny_data), "--eval.every", "0")
-    command = helpers.train_command(tiny_data, run, *alone, "--train.steps", "100000")
-    with helpers.started([*helpers.mpirun(2), *command], {}) as process:
+
+    def command(steps: int, *more: str) -> list[str]:
+        return helpers.train_command(tiny_data, run, "--eval.every", "0", "--train.steps", str(steps), *more)
+
+    with helpers.started([*helpers.mpirun(2), *command(100_000)], {}) as process:
         helpers.wait_for_step(run, KILLED_AFTER)
         helpers.send(helpers.ranks_of(process)[1], signal.SIGKILL)
         process.wait(timeout=60)
     begun = max(int(p.name.partition("-")[2]) for p in (run / "checkpoints").glob("step-????????"))
-    for launcher, more in (
-        ([], (*alone, "--train.steps", str(begun + 7))),
-        (
-            helpers.mpirun(3),
-            (*blend(**{str(tiny_data): 1, str(other_data): 2}), "--data.new_stage", "true"),
-        ),
-    ):
-        steps = ("--train.steps", str(begun + 20)) if launcher else ()
-        done = helpers.run([*launcher, *helpers.train_command(tiny_data, run, *more, *steps)])
+    blend = ("--data.path", json.dumps({str(tiny_data): 1, str(other_data): 2}), "--data.new_stage", "true")
+    for ranks, steps, more in ((1, 7, ()), (3, 20, blend), (2, 25, blend)):
+        done = helpers.run([*helpers.mpirun(ranks), *command(begun + steps, *more)])
         assert done.returncode == 0, done.stdout
+        if steps == 20:
+            (run / f"checkpoints/step-{begun + 20:08}/state.json").unlink()
     return run
 
 
@@ -73,12 +67,12 @@ def test_a_killed_resized_and_changed_run_is_proven(run: Path, tiny_data: Path, 
     assert done.returncode == 0, done.stdout
     assert "proven: every sample was consumed exactly once" in done.stdout
     result = found(run)
-    assert [row["ranks"] for row in result["attempts"]] == [[2], [1], [3]]
+    assert [row["ranks"] for row in result["attempts"]] == [[2], [1], [3], [2]]
+    assert [row["void"] for row in result["attempts"]][1:] == [0, 10, 0]
     assert result["stages"] == 2 and result["enumerated"]
     drawn = {source["path"]: source["drawn"] for source in result["sources"]}
     assert set(drawn) == {str(tiny_data), str(other_data)}
     assert sum(drawn.values()) == result["samples"] == 8 * result["steps"]
-    assert result["attempts"][0]["void"] == result["void_steps"]
 
 
 def lines(run: Path) -> list[str]:
@@ -155,7 +149,7 @@ def test_what_a_crash_leaves_after_the_checkpoint_is_no_damage(run: Path, tmp_pa
     steps = found(run)["steps"]
     row = {"step": steps + 1, "first_sample": 8 * steps, "end_sample": 8 * steps + 8}
     with (longer / "ledger.jsonl").open("a") as file:
-        file.write(json.dumps(row | {"world_size": 3, "attempt": 3}) + '\n{"step": ')
+        file.write(json.dumps(row | {"world_size": 2, "attempt": 4}) + '\n{"step": ')
     result = found(longer)
     assert (result["proven"], result["steps"], result["steps_after"]) == (True, steps, 1)
 

@@ -211,7 +211,7 @@ def test_prune_keeps_multiples_the_best_and_what_is_marked(tmp_path: Path) -> No
 
 def test_the_best_are_ranked(tmp_path: Path) -> None:
     best: checkpoint.Best = []
-    for step, val_loss in ((1, 3.0), (2, 2.0), (3, None), (4, float("nan")), (5, 2.0), (6, 2.5)):
+    for step, val_loss in ((1, float("nan")), (2, 2.0), (3, None), (4, 3.0), (5, 2.0), (6, 2.5)):
         best = checkpoint.rank_best(best, step, val_loss, count=2)
     assert [one["step"] for one in best] == [2, 5]
     assert [one["step"] for one in checkpoint.rank_best(best, 7, 1.0, count=1)] == [7]
