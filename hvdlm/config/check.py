@@ -19,10 +19,7 @@ def check(config: RunConfig) -> RunConfig:
     _check_train(config.train)
     _check_optim(config.optim)
     _check_data(config.data)
-    _require(
-        config.checkpoint.keep_last >= 2,
-        f"checkpoint.keep_last {config.checkpoint.keep_last} must be at least 2",
-    )
+    _check_checkpoint(config)
     _require(
         min(config.eval.every, config.eval.batches, config.checkpoint.every) >= 0 and config.log.every >= 1,
         "eval.every, eval.batches and checkpoint.every must not be negative; log.every must be at least 1",
@@ -34,6 +31,8 @@ BLOCK_SAMPLES = 4096
 """Samples within which the weights of a blend are kept: each source has one at least."""
 
 _NOT_NEGATIVE = (
+    "checkpoint.keep_every",
+    "checkpoint.keep_best",
     "data.prefetch",
     "data.shuffle_mb",
     "model.mlp_width",
@@ -104,6 +103,22 @@ def _check_weights(data: DataConfig) -> None:
             f"data.path: weight {weight} of {folder} in a total of {total}: it must be at least one in "
             f"{BLOCK_SAMPLES}, and the total below 2^31; use smaller numbers, or leave it out",
         )
+
+
+def _check_checkpoint(config: RunConfig) -> None:
+    keep, validation = config.checkpoint, config.eval
+    _require(keep.keep_last >= 2, f"checkpoint.keep_last {keep.keep_last} must be at least 2")
+    _require(
+        not keep.keep_every or (keep.every > 0 and keep.keep_every % keep.every == 0),
+        f"checkpoint.keep_every {keep.keep_every} is not a multiple of checkpoint.every {keep.every}, so few "
+        "steps or none would be kept; change one of them",
+    )
+    validated = validation.batches > 0 and validation.every > 0 and keep.every % validation.every == 0
+    _require(
+        not keep.keep_best or validated,
+        f"checkpoint.keep_best {keep.keep_best} needs each checkpoint validated: eval.batches above 0, "
+        f"and checkpoint.every {keep.every} a multiple of eval.every {validation.every}",
+    )
 
 
 def _check_train(train: TrainConfig) -> None:

@@ -141,6 +141,10 @@ class CheckpointConfig:
     """Steps between checkpoints, besides the last; 0 = only the last."""
     keep_last: int = 2
     """Checkpoints kept; at least 2, because the newest may be found damaged."""
+    keep_every: int = 0
+    """Checkpoints of multiples of so many steps are never deleted; 0 = none."""
+    keep_best: int = 0
+    """So many checkpoints with the smallest validation loss are not deleted; 0 = none."""
     resume: str = "auto"
     """'auto' = the run's newest valid checkpoint; 'never' = refuse a used folder; or a PATH to begin at."""
 

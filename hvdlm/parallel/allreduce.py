@@ -20,6 +20,7 @@ from hvdlm.parallel.strategy import (
     Read,
     StepStats,
     Strategy,
+    Wish,
     autocast,
     evaluate,
     loss_of,
@@ -74,9 +75,9 @@ class AllReduce(Strategy):
         )
         replicated.allocate_state_(self._optimizer)
 
-    def step(self, batch: StepBatch, lr: float, *, stop: Callable[[], bool]) -> StepStats:
+    def step(self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish]) -> StepStats:
         loss = self._backward(batch)
-        sums = torch.tensor([float(loss), float(stop())], dtype=torch.float64)
+        sums = torch.tensor([float(loss), *wish()], dtype=torch.float64)
         self._world.sum_(sums, name="step.statistics")
         self._optimizer.synchronize()
         grad_norm = float(self._clipped_norm_())
@@ -88,7 +89,8 @@ class AllReduce(Strategy):
                 self._optimizer.step()
         # Plain: the wrapped optimizer's zero_grad takes no argument.
         self._optimizer.zero_grad()
-        return StepStats(float(sums[0]), batch.label_count, grad_norm, not finite, bool(sums[1] > 0))
+        agreed = Wish(*(sums[1:] > 0).tolist())
+        return StepStats(float(sums[0]), batch.label_count, grad_norm, not finite, agreed)
 
     def loss(self, batch: Batch) -> tuple[float, int]:
         return evaluate(self._model, batch, precision=self._precision)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
@@ -33,6 +33,13 @@ class Read(Protocol):
     ) -> torch.Tensor: ...
 
 
+class Wish(NamedTuple):
+    """What a rank asks for after a step, or what any rank asked for: to save and leave, to save and go on."""
+
+    stop: bool = False
+    save: bool = False
+
+
 @dataclass(frozen=True)
 class StepStats:
     """What one optimizer step did, equal on all ranks.
@@ -42,14 +49,14 @@ class StepStats:
         count: labels in the global batch.
         grad_norm: norm of the reduced gradient before clipping.
         skipped: a gradient was not finite, so nothing was updated on any rank.
-        stop: some rank asked to stop after this step.
+        wish: what some rank asked for after this step.
     """
 
     loss: float
     count: int
     grad_norm: float
     skipped: bool
-    stop: bool
+    wish: Wish
 
 
 @dataclass(frozen=True)
@@ -77,14 +84,14 @@ class Strategy(ABC):
     """
 
     @abstractmethod
-    def step(self, batch: StepBatch, lr: float, *, stop: Callable[[], bool]) -> StepStats:
+    def step(self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish]) -> StepStats:
         """Do one optimizer step on this rank's micro-slots of the global batch.
 
         Args:
             batch: this rank's slots, possibly none, and the label count of the global batch.
             lr: learning rate of this step.
-            stop: whether this rank wants to stop; asked when the gradients are under way, so that a
-                wish in the middle of a step counts for it, and all-reduced with the statistics.
+            wish: what this rank asks for; called when the gradients are under way, so that a wish in
+                the middle of a step counts for it, and all-reduced with the statistics.
 
         Collective: yes.
         """

@@ -8,23 +8,30 @@ and every file's size and digest. See docs/formats.md.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
 
 from hvdlm.comm.world import AgreedError, World
-from hvdlm.config import EXIT_CRASH, UserError
+from hvdlm.config import EXIT_CRASH, CheckpointConfig, UserError
 from hvdlm.data.files import fsync, write_atomic
 from hvdlm.parallel.strategy import Piece
 from hvdlm.run.restore import FORMAT, MANIFEST, VERSION, file_digest, folders, manifest_digest
 
 LATEST = "LATEST"
+KEEP = "KEEP"
+"""A file in a checkpoint's folder that protects it for good."""
+
+Best: TypeAlias = list[dict[str, Any]]
+"""{"step", "val_loss"} of the checkpoints with the smallest validation loss, the best first."""
 
 
 def save(
@@ -51,7 +58,8 @@ def save(
 
     Collective: yes.
     """
-    temp = folder / f"step-{state['step']:08d}.tmp-{state['attempt']}"
+    final_folder = step_folder(folder, state["step"])
+    temp = final_folder.with_name(f"{final_folder.name}.tmp-{state['attempt']}")
     try:
         return _save(temp, pieces, world, state=state, files=files)
     except AgreedError:
@@ -64,7 +72,7 @@ def save(
 def _save(
     temp: Path, pieces: Iterable[Piece], world: World, *, state: dict[str, Any], files: dict[str, bytes]
 ) -> Path:
-    final_folder = temp.with_name(f"step-{state['step']:08d}")
+    final_folder = step_folder(temp.parent, state["step"])
     world.on_root(lambda: _make_empty(temp), name="checkpoint.open")
     written = world.gather_json(_attempt_write(temp, world.rank, pieces), name="checkpoint.written")
     for rank, outcome in enumerate(written):
@@ -79,12 +87,65 @@ def _save(
     return final_folder
 
 
-def prune(folder: Path, *, keep_last: int) -> None:
-    """Delete all but the newest checkpoints; each is renamed away first, so that none is ever half there."""
-    for old in folders(folder)[:-keep_last]:
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}"
+
+
+def rank_best(best: Best, step: int, val_loss: float | None, *, count: int) -> Best:
+    """The best checkpoints when that of `step` joins them; of equal ones the older.
+
+    Args:
+        best: those before.
+        step: of the one to be saved.
+        val_loss: its validation loss in nats; None where it was not validated, and then it does not join.
+        count: how many to keep.
+    """
+    if val_loss is None or not math.isfinite(val_loss):
+        return best[:count]
+    joined = [*best, {"step": step, "val_loss": val_loss}]
+    return sorted(joined, key=lambda one: (one["val_loss"], one["step"]))[:count]
+
+
+def prune(folder: Path, keep: CheckpointConfig, *, best: Best) -> None:
+    """Delete what need not be kept; each is renamed away first, so that none is ever half there.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        keep: the newest `keep_last`, and those of multiples of `keep_every`; besides, who has a file KEEP.
+        best: are kept.
+    """
+    steps = {one["step"] for one in best}
+    for old in folders(folder)[: -keep.keep_last]:
+        step = int(old.name.partition("-")[2])
+        if step in steps or (keep.keep_every and step % keep.keep_every == 0) or (old / KEEP).exists():
+            continue
         doomed = old.with_name(f"{old.name}.tmp-deleted")
         old.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def check_space(folder: Path, keep: CheckpointConfig, model: nn.Module) -> None:
+    """See that the checkpoints that will lie there at a time fit, beside those that do.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        keep: while one is written, `keep_last` others are there; those kept longer are not counted.
+        model: of the run; a checkpoint holds it and two moments of each parameter, fp32.
+
+    Raises:
+        UserError: There is too little room, as far as the file system tells: quotas it does not.
+    """
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size_bytes = 4 * (sum(values.numel() for values in model.state_dict().values()) + 2 * trained)
+    copies = keep.keep_last + 1 - min(len(folders(folder)), keep.keep_last) if keep.every else 1
+    found_gib, needed_gib = shutil.disk_usage(folder).free / 2**30, copies * size_bytes / 2**30
+    if found_gib < needed_gib:
+        raise UserError(
+            f"{folder}: {found_gib:.3g} GiB free, needed {needed_gib:.3g} GiB for {copies} checkpoint(s) of "
+            f"{size_bytes / 2**30:.3g} GiB; make room, lower checkpoint.keep_last or change train.out",
+            EXIT_CRASH,
+        )
 
 
 def _attempt_write(temp: Path, rank: int, pieces: Iterable[Piece]) -> dict[str, Any]:

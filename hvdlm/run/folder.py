@@ -11,6 +11,7 @@ from typing import Any
 from hvdlm.config import RunConfig, UserError
 from hvdlm.config.parse import keys
 from hvdlm.run import exit_record, ledger, restore
+from hvdlm.run.checkpoint import Best, step_folder
 from hvdlm.run.stages import Stage, StageSource, go_on, saved_stages
 
 CHECKPOINTS = "checkpoints"
@@ -48,6 +49,7 @@ class Start:
         notes: lines for the user.
         stages: what it draws from, and drew from before.
         skipped_in_a_row: steps before this one that updated nothing.
+        best: the checkpoints with the smallest validation loss that are still there.
         parent: the PATH of checkpoint.resume that the run began from, or ''.
         verified: the blocks that earlier attempts found intact, as [[first, end), ...], of each data
             set by its fingerprint.
@@ -59,6 +61,7 @@ class Start:
     notes: list[str]
     stages: tuple[Stage, ...]
     skipped_in_a_row: int = 0
+    best: Best = field(default_factory=list)
     parent: str = ""
     verified: dict[str, list[list[int]]] = field(default_factory=dict)
 
@@ -129,6 +132,7 @@ def open_run(
         notes,
         stages,
         saved.state.get("skipped_in_a_row", 0),
+        [one for one in saved.state.get("best", []) if step_folder(checkpoints, one["step"]).exists()],
         saved.state.get("parent", "") if is_own else str(Path(resume).resolve()),
         _verified(saved.state, sources),
     )

@@ -67,17 +67,6 @@ def attempts(run_folder: Path) -> int:
     return max(numbers, default=0)
 
 
-def valid_rows(run_folder: Path) -> list[dict[str, Any]]:
-    """The rows that count, in step order: voided ones left out."""
-    rows: dict[int, dict[str, Any]] = {}
-    for row in read_rows(run_folder / FILE_NAME):
-        if "resumed_at" in row:
-            rows = {step: kept for step, kept in rows.items() if step < row["resumed_at"]}
-        else:
-            rows[row["step"]] = row
-    return [rows[step] for step in sorted(rows)]
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file; a line that a crash cut short is left out."""
     rows = []

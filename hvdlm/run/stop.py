@@ -1,4 +1,4 @@
-"""When a run should stop: signals, the STOP file, the job's end time, a dead launcher."""
+"""When a run should stop: signals, the STOP file, the job's end time, a dead launcher; or save: SAVE."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from typing import final
 
 import psutil
 
+from hvdlm.parallel.strategy import Wish
 from hvdlm.run import exit_record
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 STOP_FILE = "STOP"
+SAVE_FILE = "SAVE"
 
 _POLL_S = 0.5
 _ORPHAN_GRACE_S = 10.0
@@ -29,7 +31,7 @@ _LAUNCHERS = {
 
 @final
 class StopWatch:
-    """A thread that notes why this rank should stop; the loop asks `reason` once a step.
+    """A thread that notes why this rank should stop, or save; the loop asks `wish` once a step.
 
     Signals reach the thread through a wake-up socket, so that a rank that hangs in a collective
     still hears them: a second Ctrl-C ends the process, and so does any stop signal once another
@@ -37,9 +39,9 @@ class StopWatch:
     done so ten seconds later is ended.
 
     Args:
-        run_folder: where STOP and failure records are looked for.
+        run_folder: where STOP, SAVE and failure records are looked for.
         attempt: number of this start of the run.
-        watch_file: look for the STOP file (rank 0 alone does, to spare the file system).
+        watch_file: look for STOP and SAVE (rank 0 alone does, to spare the file system).
         deadline_unix: when to stop by itself, in seconds since 1970; 0 = never.
     """
 
@@ -52,6 +54,8 @@ class StopWatch:
         self._launchers = launchers()
         self._interrupts = 0
         self._orphaned_at = 0.0
+        self._save_wanted = False
+        self._save_lock = threading.Lock()
         self._closing = threading.Event()
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_sender.setblocking(False)
@@ -65,6 +69,20 @@ class StopWatch:
     def requested(self) -> bool:
         """This rank wants to stop."""
         return self.reason is not None
+
+    def wish(self) -> Wish:
+        """What this rank asks for."""
+        return Wish(self.requested, self._save_wanted)
+
+    def take_save_file(self) -> bool:
+        """Remove SAVE, as a checkpoint was committed; whether it was there."""
+        with self._save_lock:
+            self._save_wanted = False
+            try:
+                (self._run_folder / SAVE_FILE).unlink()
+            except FileNotFoundError:
+                return False
+            return True
 
     def close(self) -> None:
         """Put the old handlers back and end the thread."""
@@ -96,6 +114,10 @@ class StopWatch:
         now = time.time()
         if self._watch_file and _exists(self._run_folder / STOP_FILE):
             self.reason = self.reason or f"file {self._run_folder / STOP_FILE}"
+        if self._watch_file:
+            # Else a look from before the file was removed would save once more.
+            with self._save_lock:
+                self._save_wanted = _exists(self._run_folder / SAVE_FILE)
         if self._deadline_unix and now >= self._deadline_unix:
             self.reason = self.reason or "the job's time is nearly over"
         if not self._orphaned_at and any(not _alive(p) for p in self._launchers):

@@ -33,21 +33,21 @@ def train(s: Session) -> int:
     """
     if s.agreed.start.step == 0:
         _validate(s, 0)
-    skipped_in_a_row = s.agreed.start.skipped_in_a_row
+    skipped_in_a_row, best = s.agreed.start.skipped_in_a_row, s.agreed.start.best
     for batch in s.loader.steps(s.agreed.start.step):
         lr = learning_rate(batch.step, s.config.optim, s.steps)
-        stats = s.strategy.step(batch, lr, stop=lambda: s.watch.requested)
+        stats = s.strategy.step(batch, lr, wish=s.watch.wish)
         done = batch.step == s.steps
         if s.reports:
             s.reports.ledger.add(batch, world_size=s.ranks.size)
             s.reports.metrics.train(batch.step, stats, lr, show=done or _due(batch.step, s.config.log.every))
         skipped_in_a_row = skipped_in_a_row + 1 if stats.skipped else 0
         _check(s, batch.step, skipped_in_a_row, last=done)
-        if done or _due(batch.step, s.config.eval.every):
-            _validate(s, batch.step)
-        if done or stats.stop or _due(batch.step, s.config.checkpoint.every):
-            _save(s, batch.step, skipped_in_a_row)
-        if done or stats.stop:
+        val_loss = _validate(s, batch.step) if done or _due(batch.step, s.config.eval.every) else None
+        if done or any(stats.wish) or _due(batch.step, s.config.checkpoint.every):
+            best = checkpoint.rank_best(best, batch.step, val_loss, count=s.config.checkpoint.keep_best)
+            _save(s, batch.step, skipped_in_a_row=skipped_in_a_row, best=best)
+        if done or stats.wish.stop:
             return _finish(s, batch.step, EXIT_DONE if done else EXIT_REQUEUE)
     raise AssertionError("the loader is endless")
 
@@ -68,9 +68,9 @@ def _check(s: Session, step: int, skipped_in_a_row: int, *, last: bool) -> None:
         raise UserError(problem)
 
 
-def _validate(s: Session, step: int) -> None:
+def _validate(s: Session, step: int) -> float | None:
     if not s.config.eval.batches:
-        return
+        return None
     samples = evaluation_batches(
         s.sources,
         "val",
@@ -82,9 +82,10 @@ def _validate(s: Session, step: int) -> None:
     if s.reports:
         s.reports.metrics.evaluation(step, loss)
         s.reports.metrics.restart_clock()
+    return loss
 
 
-def _save(s: Session, step: int, skipped_in_a_row: int) -> None:
+def _save(s: Session, step: int, *, skipped_in_a_row: int, best: checkpoint.Best) -> None:
     if s.reports:
         s.reports.ledger.sync()
     state = {
@@ -92,6 +93,7 @@ def _save(s: Session, step: int, skipped_in_a_row: int) -> None:
         "samples": step * s.config.train.global_batch,
         "tokens": step * s.config.train.global_batch * s.config.data.seq_len,
         "skipped_in_a_row": skipped_in_a_row,
+        "best": best,
         "parent": s.agreed.start.parent,
         "attempt": s.agreed.start.attempt,
         "world_size": s.ranks.size,
@@ -106,7 +108,9 @@ def _save(s: Session, step: int, skipped_in_a_row: int) -> None:
     s.ranks.on_root(s.check_lease, name="save.lease")
     checkpoint.save(checkpoints, s.strategy.pieces(), s.ranks, state=state, files=s.agreed.carried)
     if s.reports:
-        checkpoint.prune(checkpoints, keep_last=s.config.checkpoint.keep_last)
+        checkpoint.prune(checkpoints, s.config.checkpoint, best=best)
+        if s.watch.take_save_file():
+            s.reports.metrics.say(f"saved after step {step} (file {s.run_folder / stop.SAVE_FILE})")
         s.reports.metrics.restart_clock()
 
 

@@ -20,8 +20,8 @@ from hvdlm.models import MODELS, pad_vocab
 from hvdlm.models.compilation import compile_blocks_
 from hvdlm.models.llama import load_hf_
 from hvdlm.parallel import STRATEGIES, Strategy
-from hvdlm.run import exit_record, restore, stop
-from hvdlm.run.folder import Start
+from hvdlm.run import checkpoint, exit_record, restore, stop
+from hvdlm.run.folder import CHECKPOINTS, Start
 from hvdlm.run.ledger import Ledger
 from hvdlm.run.metrics import Metrics
 from hvdlm.train.agree import Agreed
@@ -78,6 +78,7 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
     """Build loader, model and strategy, and load the checkpoint where there is one.
 
     Raises:
+        AgreedError: there is no room for the checkpoints.
         UserError: this rank's part of the data is damaged, or a checkpoint does not fit the model.
 
     Collective: yes.
@@ -98,6 +99,7 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
     when = config.data.verify if sources == agreed.sources else "off"
     checks = begin_checks(when, sources, known=start.verified, ranks=ranks)
     model = build_model(config, agreed.tokenizer, ranks, resumed=bool(start.checkpoint))
+    _check_space(config, run_folder, ranks, model=model)
     strategy = _build_strategy(config, model, ranks)
     if start.checkpoint:
         strategy.load(restore.reopen(Path(start.checkpoint)).read)
@@ -202,6 +204,11 @@ def build_model(config: RunConfig, tokenizer: TokenizerInfo, ranks: World, *, re
     if config.model.compile:
         compile_blocks_(model)
     return model
+
+
+def _check_space(config: RunConfig, run_folder: Path, ranks: World, *, model: nn.Module) -> None:
+    folder = run_folder / CHECKPOINTS
+    ranks.on_root(lambda: checkpoint.check_space(folder, config.checkpoint, model), name="session.space")
 
 
 def _build_strategy(config: RunConfig, model: nn.Module, ranks: World) -> Strategy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hvdlm.data.loader import Slot, StepBatch
 from hvdlm.data.order import share_of
 from hvdlm.models import MODELS
 from hvdlm.parallel import STRATEGIES, Strategy
+from hvdlm.parallel.strategy import Wish
 from hvdlm.run import checkpoint, restore
 
 OPTIM = OptimConfig(lr=1e-2, clip=0.5, weight_decay=0.1)
@@ -23,8 +25,13 @@ MODEL = ModelConfig(layers=1, width=16, heads=2, dropout=0.1)
 VOCAB, SEQ_LEN, MICRO_BATCH, SLOTS = 64, 8, 2, 4
 
 
-def never() -> bool:
-    return False
+def never() -> Wish:
+    return Wish()
+
+
+def wish_of(rank: int, step: int) -> Wish:
+    """One rank asks to stop after step 3, another to save after 2 and 3."""
+    return Wish(stop=(rank, step) == (1, 3), save=rank == 0 and step in (2, 3))
 
 
 def new_model() -> nn.Module:
@@ -87,12 +94,12 @@ def test_the_step_is_that_of_one_process(world: World, ranks: int, name: str) ->
         nn.init.zeros_(next(model.parameters()))
     strategy = new_strategy(name, model, world)
     for step in range(1, 5):
-        stats = strategy.step(step_batch(step, world), OPTIM.lr, stop=lambda: world.rank == 1 and step == 3)  # noqa: B023
+        stats = strategy.step(step_batch(step, world), OPTIM.lr, wish=partial(wish_of, world.rank, step))
         assert stats.loss == pytest.approx(expected[step - 1][0], rel=1e-5)
         assert stats.grad_norm == pytest.approx(expected[step - 1][1], rel=1e-5)
         assert stats.count == SLOTS * MICRO_BATCH * SEQ_LEN
         assert not stats.skipped
-        assert stats.stop == (step == 3 and ranks > 1)
+        assert stats.wish == (step == 3 and ranks > 1, step in (2, 3))
     assert world.same(strategy.digest(), name="digest")
     for found, wanted in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
@@ -103,19 +110,19 @@ def test_the_step_is_that_of_one_process(world: World, ranks: int, name: str) ->
 def test_a_nan_on_one_rank_updates_nothing_anywhere(world: World, ranks: int, name: str) -> None:
     model = new_model()
     strategy = new_strategy(name, model, world)
-    strategy.step(step_batch(1, world), OPTIM.lr, stop=never)
+    strategy.step(step_batch(1, world), OPTIM.lr, wish=never)
     before = copy.deepcopy(model.state_dict())
     count = {p.name: p.values.clone() for p in strategy.pieces() if p.name == "optim.count"}
     batch = step_batch(2, world)
     first = next(model.parameters())
     hook = first.register_hook(lambda g: g * float("nan")) if world.rank == 1 else None
-    stats = strategy.step(batch, OPTIM.lr, stop=never)
+    stats = strategy.step(batch, OPTIM.lr, wish=never)
     if hook:
         hook.remove()
     assert stats.skipped
     assert all(torch.equal(before[key], values) for key, values in model.state_dict().items())
     assert all(torch.equal(count[p.name], p.values) for p in strategy.pieces() if p.name in count)
-    assert not strategy.step(step_batch(3, world), OPTIM.lr, stop=never).skipped
+    assert not strategy.step(step_batch(3, world), OPTIM.lr, wish=never).skipped
 
 
 @pytest.mark.ranks(2)
@@ -123,7 +130,7 @@ def test_a_nan_on_one_rank_updates_nothing_anywhere(world: World, ranks: int, na
 def test_fp16_on_the_wire_is_close(world: World, ranks: int, name: str) -> None:
     expected = reference_steps(new_model(), 1)[0]
     strategy = new_strategy(name, new_model(), world, compression="fp16")
-    stats = strategy.step(step_batch(1, world), OPTIM.lr, stop=never)
+    stats = strategy.step(step_batch(1, world), OPTIM.lr, wish=never)
     assert stats.grad_norm == pytest.approx(expected[1], rel=1e-2)
     assert stats.grad_norm != expected[1]
 
@@ -135,7 +142,7 @@ def test_every_element_has_one_owner_and_is_loaded_back(
 ) -> None:
     folder = Path(world.broadcast_json(str(tmp_path_factory.mktemp("save")), name="folder"))
     strategy = new_strategy(name, new_model(), world)
-    strategy.step(step_batch(1, world), OPTIM.lr, stop=never)
+    strategy.step(step_batch(1, world), OPTIM.lr, wish=never)
     owned = world.gather_json([[p.name, p.values.numel()] for p in strategy.pieces()], name="owned")
     names = [piece[0] for rank in owned for piece in rank]
     assert len(names) == len(set(names))
@@ -149,6 +156,6 @@ def test_every_element_has_one_owner_and_is_loaded_back(
     assert other.digest() != digest
     other.load(restore.open_checkpoint(saved).read)
     assert other.digest() == digest
-    stats = [s.step(step_batch(2, world), OPTIM.lr, stop=never) for s in (strategy, other)]
+    stats = [s.step(step_batch(2, world), OPTIM.lr, wish=never) for s in (strategy, other)]
     assert stats[0] == stats[1]
     assert strategy.digest() == other.digest()

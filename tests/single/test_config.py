@@ -77,6 +77,13 @@ def test_the_resolved_file_is_the_same_configuration(tmp_path: Path) -> None:
         (["--train.steps", "0"], "train.steps 0"),
         (["--optim.min_lr", "1"], "min_lr"),
         (["--checkpoint.keep_last", "1"], "checkpoint.keep_last 1"),
+        (["--checkpoint.keep_best", "-1"], "checkpoint.keep_best -1 must be 0 or more"),
+        (
+            ["--checkpoint.keep_every", "701"],
+            "checkpoint.keep_every 701 is not a multiple of checkpoint.every",
+        ),
+        (["--checkpoint.keep_best", "1", "--eval.every", "300"], "a multiple of eval.every 300"),
+        (["--checkpoint.keep_best", "1", "--eval.batches", "0"], "needs each checkpoint validated"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], expected: str) -> None:

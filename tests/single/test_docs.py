@@ -40,6 +40,7 @@ LAUNCHER_OPTIONS = {
 SBATCH_OPTIONS = {"--nodes", "--time", "--array"}
 RUN_ELSEWHERE = {
     "touch data/runs/demo/STOP": "tests/parallel/test_train_stop.py::stop_by_file",
+    "touch data/runs/demo/SAVE": "tests/parallel/test_train_keep.py::test_a_file_saves_and_the_run_goes_on",
     "kill -USR1 PID": "tests/parallel/test_train_stop.py::stop_by_usr1_to_mpirun",
 }
 HDF5_TOOLS = ("h5dump ", "python -c ")

@@ -15,7 +15,7 @@ import torch
 
 from hvdlm.comm.launch import Launch
 from hvdlm.comm.world import AgreedError, World
-from hvdlm.config import UserError
+from hvdlm.config import CheckpointConfig, UserError
 from hvdlm.parallel.strategy import Piece
 from hvdlm.run import checkpoint, restore
 from hvdlm.run.folder import open_run
@@ -45,8 +45,9 @@ def pieces() -> list[Piece]:
     ]
 
 
-def save(run: Path, step: int, *, parent: str = "") -> Path:
+def save(run: Path, step: int, *, parent: str = "", best: checkpoint.Best | None = None) -> Path:
     state = {"step": step, "attempt": 1, "samples": 8 * step, "config": CONFIG, "parent": parent}
+    state["best"] = best or []
     # As it was before there were blends.
     state["fingerprints"] = {"data": "d" * 64, "tokenizer": "t" * 64}
     return checkpoint.save(
@@ -184,12 +185,56 @@ def test_a_failed_save_leaves_the_older_ones(tmp_path: Path) -> None:
         assert (found.name, notes) == (older.name, [])
 
 
+def kept(run: Path) -> list[int]:
+    return [int(folder.name.partition("-")[2]) for folder in restore.folders(run / "checkpoints")]
+
+
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
-    checkpoint.prune(tmp_path / "checkpoints", keep_last=2)
+    checkpoint.prune(tmp_path / "checkpoints", CheckpointConfig(keep_last=2), best=[])
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["LATEST", "step-00000003", "step-00000004"]
+
+
+def test_prune_keeps_multiples_the_best_and_what_is_marked(tmp_path: Path) -> None:
+    for step in range(1, 10):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints/step-00000002" / checkpoint.KEEP).touch()
+    keep = CheckpointConfig(keep_last=2, keep_every=3)
+    checkpoint.prune(tmp_path / "checkpoints", keep, best=[{"step": 5, "val_loss": 1.0}])
+    assert kept(tmp_path) == [2, 3, 5, 6, 8, 9]
+    assert restore.find_problem(tmp_path / "checkpoints/step-00000002") is None
+    checkpoint.prune(tmp_path / "checkpoints", CheckpointConfig(keep_last=2), best=[])
+    assert kept(tmp_path) == [2, 8, 9]
+
+
+def test_the_best_are_ranked(tmp_path: Path) -> None:
+    best: checkpoint.Best = []
+    for step, val_loss in ((1, float("nan")), (2, 2.0), (3, None), (4, 3.0), (5, 2.0), (6, 2.5)):
+        best = checkpoint.rank_best(best, step, val_loss, count=2)
+    assert [one["step"] for one in best] == [2, 5]
+    assert [one["step"] for one in checkpoint.rank_best(best, 7, 1.0, count=1)] == [7]
+    assert checkpoint.rank_best(best, 7, 1.0, count=0) == []
+
+
+def test_a_best_that_is_gone_is_forgotten(tmp_path: Path) -> None:
+    best = [{"step": 1, "val_loss": 1.0}, {"step": 2, "val_loss": 2.0}]
+    save(tmp_path, 2)
+    save(tmp_path, 3, best=best)
+    assert open_run(tmp_path, resume="auto", config=CONFIG, **WHAT).best == best[1:]
+
+
+def test_too_little_room_is_said_before_the_first_step(tmp_path: Path) -> None:
+    model = torch.nn.Linear(100, 100)
+    with helpers.small_disk(tmp_path / "disk", size_kib=300):
+        with pytest.raises(UserError, match=r"disk: 0.000286 GiB free, needed 0.000339 GiB for 3 ") as caught:
+            checkpoint.check_space(tmp_path / "disk", CheckpointConfig(), model)
+        assert caught.value.exit_code == 1
+        checkpoint.check_space(tmp_path / "disk", CheckpointConfig(every=0), model)
+        for step in (1, 2):
+            (tmp_path / f"disk/step-{step:08d}").mkdir()
+        checkpoint.check_space(tmp_path / "disk", CheckpointConfig(), model)
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from hvdlm.config import OptimConfig
 from hvdlm.data.loader import StepBatch
 from hvdlm.run import exit_record, ledger, stop
+from hvdlm.run.history import Row, problem_of_rows, read_history
 from hvdlm.run.ledger import Ledger
 from hvdlm.run.schedule import learning_rate
 from hvdlm.run.stop import deadline
@@ -46,10 +47,10 @@ def test_a_resumed_attempt_voids_what_it_does_again(tmp_path: Path) -> None:
     second = Ledger(tmp_path, attempt=2, resumed_at=3)
     second.add(batch(3), world_size=2)
     second.close()
-    rows = ledger.valid_rows(tmp_path)
-    assert [(r["step"], r["attempt"], r["world_size"]) for r in rows] == [(1, 1, 4), (2, 1, 4), (3, 2, 2)]
-    assert rows[0]["first_sample"] == 0
-    assert rows[2]["end_sample"] == 24
+    history = read_history(tmp_path)
+    assert history.rows == [Row(2, 1, 0, 8, 4), Row(3, 2, 8, 16, 4), Row(6, 3, 16, 24, 2)]
+    assert [(a.number, a.resumed_at, len(a.rows)) for a in history.attempts] == [(1, 1, 3), (2, 3, 1)]
+    assert problem_of_rows(history, steps=3, global_batch=8) is None
     assert ledger.attempts(tmp_path) == 2
 
 
