@@ -77,6 +77,11 @@ def test_the_resolved_file_is_the_same_configuration(tmp_path: Path) -> None:
         (["--train.steps", "0"], "train.steps 0"),
         (["--optim.min_lr", "1"], "min_lr"),
         (["--checkpoint.keep_last", "1"], "checkpoint.keep_last 1"),
+        (
+            ["--parallel.strategy", "fixed", "--parallel.compression", "fp16"],
+            "parallel.compression is fp16, parallel.strategy fixed needs none",
+        ),
+        (["--parallel.strategy", "fixed", "--train.precision", "bf16"], "fixed needs fp32"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], expected: str) -> None:
