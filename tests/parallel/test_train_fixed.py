@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+from hvdlm.comm.world import World
 from hvdlm.run import restore
 from tests import helpers
+from tests.parallel.test_strategies import new_model, new_strategy
 
 FIXED = ("--parallel.strategy", "fixed", "--model.dropout", "0.1")
-# 6 slots of uneven runs: 3 + 3 and 1 + 1 + 2 + 2 are no nodes of the tree of slots.
+# Of 6 slots the ranks' runs, 3 + 3 or 1 + 2 + 1 + 2, are no nodes of the tree.
 BATCHES = {8: ("--train.global_batch", "8", "--train.micro_batch", "1"), 6: ("--train.global_batch", "12")}
 
 
@@ -19,9 +21,9 @@ def launcher(ranks: int) -> list[str]:
     return helpers.mpirun(ranks) if ranks > 1 else []
 
 
-def train(data: Path, run_folder: Path, *, ranks: int, slots: int, threads: int = 1) -> Path:
+def train(data: Path, run_folder: Path, *, ranks: int, slots: int) -> Path:
     command = [*launcher(ranks), *helpers.train_command(data, run_folder, *BATCHES[slots], *FIXED)]
-    done = helpers.run(command, env={"OMP_NUM_THREADS": str(threads)})
+    done = helpers.run(command)
     assert done.returncode == 0, done.stdout
     return run_folder
 
@@ -56,11 +58,9 @@ def assert_same_bits(run_folder: Path, reference: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Of each number of slots the run of one process, to which the environment gives two threads."""
+    """Of each number of slots the run of one process."""
     folder = tmp_path_factory.mktemp("runs")
-    return {
-        slots: train(tiny_data, folder / f"{slots}", ranks=1, slots=slots, threads=2) for slots in BATCHES
-    }
+    return {slots: train(tiny_data, folder / f"{slots}", ranks=1, slots=slots) for slots in BATCHES}
 
 
 @pytest.mark.parametrize(("ranks", "slots"), [(2, 8), (3, 8), (4, 8), (8, 8), (2, 6), (4, 6), (8, 6)])
@@ -70,6 +70,14 @@ def test_every_number_of_ranks_has_the_bits_of_one(
     assert_same_bits(train(tiny_data, tmp_path / "run", ranks=ranks, slots=slots), one_rank[slots])
 
 
+@pytest.mark.ranks(1)
+def test_it_computes_with_one_thread(world: World, ranks: int) -> None:
+    # The kernels of a tiny model do not split their sums, so its curve alone would not show it.
+    torch.set_num_threads(2)
+    new_strategy("fixed", new_model(), world)
+    assert torch.get_num_threads() == 1
+
+
 def test_a_run_stopped_on_three_ranks_goes_on_on_two(
     tiny_data: Path, tmp_path: Path, one_rank: dict[int, Path]
 ) -> None:
@@ -77,7 +85,7 @@ def test_a_run_stopped_on_three_ranks_goes_on_on_two(
     command = helpers.train_command(tiny_data, run_folder, *BATCHES[8], *FIXED)
     run_folder.mkdir()
     (run_folder / "STOP").touch()
-    stopped: subprocess.CompletedProcess[str] = helpers.run([*launcher(3), *command])
+    stopped = helpers.run([*launcher(3), *command])
     assert stopped.returncode == 75, stopped.stdout
     assert 1 <= helpers.exit_record(run_folder)["step"] < 20
     train(tiny_data, run_folder, ranks=2, slots=8)

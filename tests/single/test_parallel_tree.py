@@ -22,7 +22,8 @@ def naive(values: np.ndarray) -> np.ndarray:
 
 def some_values(slots: int) -> np.ndarray:
     generator = np.random.default_rng(slots)
-    return (generator.normal(size=(slots, 100)) * 10.0 ** generator.integers(-4, 5, (slots, 100))).astype("f4")
+    scales = 10.0 ** generator.integers(-4, 5, (slots, 100))
+    return (scales * generator.normal(size=(slots, 100))).astype("f4")
 
 
 def partial_sums(values: np.ndarray, run: range, slots: int) -> tuple[list[np.ndarray], list[Span]]:
