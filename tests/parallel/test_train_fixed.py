@@ -12,7 +12,7 @@ from hvdlm.run import restore
 from tests import helpers
 from tests.parallel.test_strategies import new_model, new_strategy
 
-FIXED = ("--parallel.strategy", "fixed", "--model.dropout", "0.1")
+FIXED = ("--parallel.strategy", "fixed", "--model.dropout", "0.1", "--train.steps", "12")
 # Of 6 slots the ranks' runs, 3 + 3 or 1 + 2 + 1 + 2, are no nodes of the tree.
 BATCHES = {8: ("--train.global_batch", "8", "--train.micro_batch", "1"), 6: ("--train.global_batch", "12")}
 
@@ -50,7 +50,7 @@ def tensors(run_folder: Path) -> dict[str, bytes]:
 
 
 def assert_same_bits(run_folder: Path, reference: Path) -> None:
-    assert [row[0] for row in curve(reference)] == list(range(1, 21))
+    assert [row[0] for row in curve(reference)] == list(range(1, 13))
     assert curve(run_folder) == curve(reference)
     assert validations(run_folder) == validations(reference)
     assert tensors(run_folder) == tensors(reference)
@@ -87,6 +87,6 @@ def test_a_run_stopped_on_three_ranks_goes_on_on_two(
     (run_folder / "STOP").touch()
     stopped = helpers.run([*launcher(3), *command])
     assert stopped.returncode == 75, stopped.stdout
-    assert 1 <= helpers.exit_record(run_folder)["step"] < 20
+    assert 1 <= helpers.exit_record(run_folder)["step"] < 12
     train(tiny_data, run_folder, ranks=2, slots=8)
     assert_same_bits(run_folder, one_rank[8])
