@@ -19,6 +19,7 @@ def check(config: RunConfig) -> RunConfig:
     _check_train(config.train)
     _check_optim(config.optim)
     _check_data(config.data)
+    _check_fixed(config)
     _check_checkpoint(config)
     _require(
         min(config.eval.every, config.eval.batches, config.checkpoint.every) >= 0 and config.log.every >= 1,
@@ -130,6 +131,22 @@ def _check_train(train: TrainConfig) -> None:
     _require(train.steps >= 1, f"train.steps {train.steps} must be at least 1")
     _require(train.tokens >= 0, f"train.tokens {train.tokens} must be 0 (use train.steps) or more")
     _require(0 <= train.seed < 2**63, f"train.seed {train.seed} must lie in [0, 2^63)")
+
+
+def _check_fixed(config: RunConfig) -> None:
+    """What would round in an order of its own."""
+    if config.parallel.strategy != "fixed":
+        return
+    for key, found, needed in (
+        ("parallel.compression", config.parallel.compression, "none"),
+        ("train.precision", config.train.precision, "fp32"),
+        ("model.compile", config.model.compile, False),
+    ):
+        _require(
+            found == needed,
+            f"{key} is {found}, parallel.strategy fixed needs {needed}; change it, or use "
+            "parallel.strategy allreduce",
+        )
 
 
 def _check_optim(optim: OptimConfig) -> None:

@@ -115,8 +115,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    strategy: Literal["allreduce"] = "allreduce"
-    """How one optimizer step is done: a key of hvdlm.parallel.STRATEGIES."""
+    strategy: Literal["allreduce", "fixed"] = "allreduce"
+    """How one optimizer step is done; 'fixed' has the same bits on any number of ranks."""
     compression: Literal["none", "fp16"] = "none"
     """Precision of gradients on the wire."""
     fusion_mb: int = 64

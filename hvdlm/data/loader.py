@@ -221,12 +221,13 @@ def evaluation_batches(
     share: tuple[int, int],
     limit_batches: int,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Each sample of a fixed set once, on exactly one data coordinate.
+    """Each sample of a fixed set once, on exactly one data coordinate, in batches that depend on no rank.
 
     Args:
         sources: The data sets, of one tokenizer, whose windows are numbered one after the other.
         split: "train" or "val".
-        plan: Its micro-batches; the last of a share may have fewer samples. Its seed has no part.
+        plan: Its micro-batches, dealt out whole; the last of the set may have fewer samples. Its seed has
+            no part.
         share: (d, D).
         limit_batches: So many global batches of a fixed permutation (all, where there are fewer); 0 = the
             whole split in its own order, tails included: every token but each shard's first is
@@ -246,13 +247,14 @@ def evaluation_batches(
     n = int(first[-1])
     if not n:
         raise UserError(no_window(sources, split, seq_len if limit_samples else 1))
-    own = share_of(min(n, limit_samples) if limit_samples else n, share)
+    samples = min(n, limit_samples) if limit_samples else n
     reader = WindowReader(
         sources, split, seq_len=seq_len, max_open=MAX_OPEN_FILES, with_positions=plan.document_mask
     )
     try:
-        for start in range(own.start, own.stop, plan.micro_batch):
-            windows = np.arange(start, min(start + plan.micro_batch, own.stop))
+        for batch in share_of(-(-samples // plan.micro_batch), share):
+            first_sample = batch * plan.micro_batch
+            windows = np.arange(first_sample, min(first_sample + plan.micro_batch, samples))
             if limit_samples:
                 windows = permute(windows, n, seed=_EVALUATION_SEED, epochs=np.zeros(1, np.int64))
             shards, firsts = locate(windows, first, seq_len)

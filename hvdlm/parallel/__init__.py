@@ -1,8 +1,9 @@
 """One optimizer step over many processes: the family of strategies."""
 
 from hvdlm.parallel.allreduce import AllReduce
+from hvdlm.parallel.fixed import Fixed
 from hvdlm.parallel.strategy import Piece, Read, StepStats, Strategy
 
-STRATEGIES = {"allreduce": AllReduce}
+STRATEGIES = {"allreduce": AllReduce, "fixed": Fixed}
 
 __all__ = ["STRATEGIES", "Piece", "Read", "StepStats", "Strategy"]

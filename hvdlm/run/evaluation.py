@@ -26,6 +26,8 @@ def mean_loss(
 
     Collective: yes.
     """
+    # The losses are float32, so that float64 holds their sum exactly, in any order, unless they lie
+    # further apart than 29 bits.
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
         sums += torch.tensor(loss(batch), dtype=torch.float64)

@@ -126,7 +126,7 @@ def test_a_nan_on_one_rank_updates_nothing_anywhere(world: World, ranks: int, na
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", sorted(STRATEGIES.keys() - {"fixed"}))
 def test_fp16_on_the_wire_is_close(world: World, ranks: int, name: str) -> None:
     expected = reference_steps(new_model(), 1)[0]
     strategy = new_strategy(name, new_model(), world, compression="fp16")

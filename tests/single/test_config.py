@@ -84,6 +84,12 @@ def test_the_resolved_file_is_the_same_configuration(tmp_path: Path) -> None:
         ),
         (["--checkpoint.keep_best", "1", "--eval.every", "300"], "a multiple of eval.every 300"),
         (["--checkpoint.keep_best", "1", "--eval.batches", "0"], "needs each checkpoint validated"),
+        (
+            ["--parallel.strategy", "fixed", "--parallel.compression", "fp16"],
+            "parallel.compression is fp16, parallel.strategy fixed needs none",
+        ),
+        (["--parallel.strategy", "fixed", "--train.precision", "bf16"], "fixed needs fp32"),
+        (["--parallel.strategy", "fixed", "--model.compile", "true"], "fixed needs False"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], expected: str) -> None:
