@@ -15,6 +15,7 @@ MODULES = sorted((ROOT / "hvdlm").rglob("*.py"))
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "tools"}
 BASES_THAT_MAKE_NO_FAMILY = {
+    "OrderedDict",
     "Exception",
     "UserError",
     "ValueError",
