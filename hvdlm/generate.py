@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -18,9 +17,6 @@ from hvdlm.config import EXIT_DONE, UserError, run_command
 from hvdlm.models.sampling import Sampling, continuation
 from hvdlm.run.restore import open_checkpoint
 from hvdlm.run.trained import Trained, open_trained
-
-EXIT_INTERRUPTED = 128 + 2
-EXIT_BROKEN_PIPE = 128 + 13
 
 CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\t"), ord("\n")}, "\N{REPLACEMENT CHARACTER}")
 """What an untrained model may write, and a terminal might obey."""
@@ -124,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit code: 0, 130 after Ctrl-C, 141 where the reader of a pipe went away.
+        The exit code.
 
     Raises:
         UserError: bad arguments, or no valid run.
@@ -132,16 +128,12 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     _check(args)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
+    trained = open_trained(open_checkpoint(Path(args.run)), args.device)
     try:
-        trained = open_trained(open_checkpoint(Path(args.run)), args.device)
         _print_pieces(generate(trained, args.prompt, max_tokens=args.max_tokens, sampling=sampling))
     except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Python flushes stdout once more at exit, which would print a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+        print(file=sys.stderr)  # The text ended anywhere in its line.
+        raise
     return EXIT_DONE
 
 

@@ -25,6 +25,7 @@ import psutil
 import torch
 
 from hvdlm.bench import readers
+from hvdlm.config import UserError
 from hvdlm.data.entries import TokenizerInfo
 from hvdlm.data.manifest import write_manifest
 from hvdlm.data.shards import write_shard
@@ -34,7 +35,7 @@ from hvdlm.data.verify import BackgroundVerifier
 _VOCAB_SIZE, _EOS = 50257, 50256
 _DOCUMENT_TOKENS = 1000  # On average; their lengths vary as widely as real ones.
 _WARM_UP_BATCHES = 16  # More than any reader keeps ready.
-_OWN, _VERIFYING = "hvdlm", "hvdlm, verifying"
+_OWN, _VERIFYING = "hvdlm", "hvdlm verifying"
 _LIBRARIES = ("h5py", "litdata", "mosaicml-streaming", "numpy", "torch")
 
 
@@ -111,6 +112,7 @@ class Racer:
     """
 
     def __init__(self, name: str, folder: Path) -> None:
+        self._name = name
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(name, folder, theirs))
@@ -118,9 +120,18 @@ class Racer:
         theirs.close()
 
     def ask(self, what: str, amount: float) -> float:
-        """Seconds a batch over a slice ("time", "verify": seconds), or growth in MiB ("memory": windows)."""
-        self._connection.send((what, amount))
-        return float(self._connection.recv())
+        """Seconds a batch over a slice ("time", "verify": seconds), or growth in MiB ("memory": windows).
+
+        Raises:
+            UserError: The reader failed; its own traceback is on stderr.
+        """
+        try:
+            self._connection.send((what, amount))
+            return float(self._connection.recv())
+        except (EOFError, OSError) as error:
+            raise UserError(
+                f"reader {self._name!r} failed, as said above; mend it, or name the others by --only"
+            ) from error
 
     def close(self) -> None:
         """End the process."""

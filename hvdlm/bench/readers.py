@@ -129,7 +129,7 @@ def mosaicml_streaming(folder: Path) -> Iterator[Any]:
 
 READERS: dict[str, Reader] = {
     "hvdlm": hvdlm_loader,
-    "hvdlm, read ahead": functools.partial(hvdlm_loader, prefetch_steps=4),
+    "hvdlm read ahead": functools.partial(hvdlm_loader, prefetch_steps=4),
     "hvdlm masked": functools.partial(hvdlm_loader, document_mask=True),
     "bare preadv": bare_preadv,
     "nanoGPT": nanogpt,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ EXIT_CRASH = 1
 EXIT_USAGE = 2
 EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 128 + 2
+EXIT_BROKEN_PIPE = 128 + 13
 
 
 class UserError(Exception):
@@ -26,16 +28,22 @@ class UserError(Exception):
 
 
 def run_command(name: str, main: Callable[[], int]) -> int:
-    """Run a command's `main` and turn a `UserError` into one line on stderr.
+    """Run a command's `main`: a `UserError` is one line on stderr, and so is Ctrl-C.
 
     Returns:
-        The process exit code.
+        The process exit code; 141 where the reader of stdout went away, which is no error (`| head`).
     """
     try:
-        return main()
+        exit_code = main()
+        sys.stdout.flush()
+        return exit_code
     except UserError as error:
         print(f"hvdlm {name}: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"hvdlm {name}: interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, which would print a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE

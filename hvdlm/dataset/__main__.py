@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from hvdlm.comm import launch
-from hvdlm.config import EXIT_DONE, EXIT_USAGE, UserError, run_command
+from hvdlm.config import EXIT_USAGE, UserError, run_command
 from hvdlm.dataset import export, import_, inspect, repair, verify
 
 _ACTIONS = {"verify": verify, "repair": repair, "inspect": inspect, "import": import_, "export": export}
@@ -29,14 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Collective: `verify`; the others refuse to run on several ranks.
     """
     args = _parser().parse_args(argv)
-    try:
-        code = _run(args, launch.classify(os.environ))
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # The reader of a pipe has seen enough; the interpreter flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
+    return _run(args, launch.classify(os.environ))
 
 
 def _parser() -> argparse.ArgumentParser:

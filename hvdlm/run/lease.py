@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -113,6 +114,13 @@ class Lease:
 def _wait_for_end(path: Path) -> None:
     """Return once nobody holds the folder, having taken a dead holder's file away."""
     give_up, seen, seen_at = time.monotonic() + _WAIT_S, _read(path), time.monotonic()
+    if path.exists() and not _is_dead(seen, 0.0):
+        print(
+            f"hvdlm train: {path.parent}: another start ({_describe(seen)}) was training here; waiting up to "
+            f"{_WAIT_S:.0f} s for its end",
+            file=sys.stderr,
+            flush=True,
+        )
     while path.exists():
         holder = _read(path)
         if holder != seen:

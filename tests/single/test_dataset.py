@@ -137,7 +137,7 @@ def test_the_command_line(data: tuple[Path, Manifest], tmp_path: Path) -> None:
     assert "emoji \\U0001f980 and" in shown.stdout
     pipe = f'"{sys.executable}" -m hvdlm.dataset inspect "{folder}" --document 3 | head -c 10'
     piped = subprocess.run(["bash", "-o", "pipefail", "-c", pipe], capture_output=True, text=True)
-    assert (piped.returncode, piped.stdout, piped.stderr) == (0, "x" * 10, "")
+    assert (piped.returncode, piped.stdout, piped.stderr) == (141, "x" * 10, "")
     missing = run("verify", str(tmp_path / "no"))
     assert (missing.returncode, missing.stdout) == (2, "")
     assert missing.stderr.startswith("hvdlm dataset: error: ")

@@ -228,5 +228,5 @@ def test_ctrl_c_and_a_closed_pipe_end_quietly(run):
         first.send_signal(signal.SIGINT)
         second.stdout.close()
         first.stdout.read()
-        assert (first.wait(30), first.stderr.read()) == (130, b"\n")
+        assert (first.wait(30), first.stderr.read()) == (130, b"\nhvdlm generate: interrupted\n")
         assert (second.wait(30), second.stderr.read()) == (141, b"")
