@@ -148,11 +148,12 @@ class WindowReader:
 
     def _read_rows(self, rows: Sequence[memoryview], shards: Sequence[int], places: Sequence[int]) -> None:
         """One system call a window; whatever else is done here for each is felt in the loader's speed."""
-        descriptor, preadv, shard, place = self._files.get, os.preadv, 0, 0
+        opened, preadv, shard, place = self._files.fds.get, os.preadv, 0, 0
         try:
             for row, shard, place in zip(rows, shards, places, strict=True):
-                if preadv(descriptor(shard), (row,), place) != len(row):
-                    read_exactly(descriptor(shard), row, place, self._paths[shard])
+                fd = opened(shard) or self._files.get(shard)
+                if preadv(fd, (row,), place) != len(row):
+                    read_exactly(fd, row, place, self._paths[shard])
         except OSError as error:
             refuse_read(self._paths[shard], error, f" at byte {place}")
 

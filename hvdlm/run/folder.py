@@ -113,17 +113,8 @@ def open_run(
         return Start(attempt, "", 0, notes, (Stage(0, sources),))
     saved = restore.reopen(folder)
     notes += _compare(folder, saved.state, config, tokenizer)
-    stages = go_on(
-        saved_stages(saved.state),
-        sources,
-        where=folder,
-        sample=saved.state["samples"],
-        seed=config["train.seed"],
-        new_stage=config["data.new_stage"],
-    )
-    if stages[-1].first_sample == saved.state["samples"]:
-        drawn = ", ".join(f"{s.path} weight {s.weight}, drawn {s.drawn:,} times" for s in stages[-1].sources)
-        notes.append(f"stage {len(stages)} begins at sample {stages[-1].first_sample:,}: {drawn}")
+    stages = _stages(saved, sources, config, notes)
+    best = [one for one in saved.state.get("best", []) if step_folder(checkpoints, one["step"]).exists()]
     is_own = folder.parent == checkpoints
     return Start(
         attempt,
@@ -131,10 +122,10 @@ def open_run(
         saved.step,
         notes,
         stages,
-        saved.state.get("skipped_in_a_row", 0),
-        [one for one in saved.state.get("best", []) if step_folder(checkpoints, one["step"]).exists()],
-        saved.state.get("parent", "") if is_own else str(Path(resume).resolve()),
-        _verified(saved.state, sources),
+        skipped_in_a_row=saved.state.get("skipped_in_a_row", 0),
+        best=best,
+        parent=saved.state.get("parent", "") if is_own else str(Path(resume).resolve()),
+        verified=_verified(saved.state, sources),
     )
 
 
@@ -177,6 +168,25 @@ def _choose(checkpoints: Path, resume: str) -> tuple[Path | None, list[str]]:
             f"checkpoint.resume={resume}; choose another train.out, or go on with --checkpoint.resume auto"
         )
     return own, notes
+
+
+def _stages(
+    saved: restore.Checkpoint, sources: tuple[StageSource, ...], config: dict[str, Any], notes: list[str]
+) -> tuple[Stage, ...]:
+    """The run's stages from here on; a note where one begins."""
+    sample = saved.state["samples"]
+    stages = go_on(
+        saved_stages(saved.state),
+        sources,
+        where=saved.folder,
+        sample=sample,
+        seed=config["train.seed"],
+        new_stage=config["data.new_stage"],
+    )
+    if stages[-1].first_sample == sample:
+        drawn = ", ".join(f"{s.path} weight {s.weight}, drawn {s.drawn:,} times" for s in stages[-1].sources)
+        notes.append(f"stage {len(stages)} begins at sample {sample:,}: {drawn}")
+    return stages
 
 
 def _verified(state: dict[str, Any], sources: tuple[StageSource, ...]) -> dict[str, list[list[int]]]:

@@ -98,6 +98,7 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
     # What is staged was compared with its digests to the last byte.
     when = config.data.verify if sources == agreed.sources else "off"
     checks = begin_checks(when, sources, known=start.verified, ranks=ranks)
+    notes += checks.notes
     model = build_model(config, agreed.tokenizer, ranks, resumed=bool(start.checkpoint))
     _check_space(config, run_folder, ranks, model=model)
     strategy = _build_strategy(config, model, ranks)
@@ -108,12 +109,8 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
     reports = None
     if ranks.is_root:
         reports = _open_reports(config, run_folder, start, ranks=ranks, model=model)
-        for line in (
-            *headline(config, run_folder, start, ranks=ranks, model=model),
-            *sizes(config, agreed.sources, start, windows=loader.windows, ranks=ranks),
-            *notes,
-            *checks.notes,
-        ):
+        about_data = sizes(config, agreed.sources, start, windows=loader.windows, ranks=ranks)
+        for line in [*headline(config, run_folder, start, ranks=ranks, model=model), *about_data, *notes]:
             reports.metrics.say(line)
     return Session(
         config=config,
