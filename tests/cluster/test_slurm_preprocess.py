@@ -64,16 +64,18 @@ def test_a_job_array_makes_one_data_set(corpus: Path, expected: dict[str, str], 
 
 
 @pytest.mark.parametrize("pmi", ["pmix", "none"])
-def test_another_job_on_the_same_folder_is_one_line(pmi: str, tmp_path: Path) -> None:
-    """None of its tasks may touch what the first one does, which is long enough at work to see the second."""
-    (tmp_path / "corpus").mkdir()
-    corpus = write_corpus(tmp_path / "corpus", documents=24_000)
+def test_another_job_on_the_same_folder_is_one_line(pmi: str, corpus: Path, tmp_path: Path) -> None:
+    """None of its tasks may touch what the first one does, which stands still to be there for sure."""
     command = preprocess_command(corpus, tmp_path / "out", *ONE_WORKER)
     with helpers.started([*jobs.srun(2, "--mpi=none"), *command], {}) as first:
         wait_for_tasks(tmp_path / "out", 1)
+        at_work = helpers.family(first)
+        for process in at_work:
+            helpers.send(process, signal.SIGSTOP)
         second = helpers.run([*jobs.srun(2, f"--mpi={pmi}", "--kill-on-bad-exit=1"), *command])
-        assert first.poll() is None
-        output, _ = first.communicate(timeout=180)
+        for process in at_work:
+            helpers.send(process, signal.SIGCONT)
+        output, _ = first.communicate(timeout=60)
     assert first.returncode == 0, output
     assert second.returncode == 2, second.stdout
     lines = [line for line in second.stdout.splitlines() if line.startswith("hvdlm")]
