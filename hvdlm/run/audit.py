@@ -58,7 +58,7 @@ class Recorded:
 
     @property
     def plan(self) -> BatchPlan:
-        """What a step consists of, now as in every attempt."""
+        """What a step consists of: of its attempts only the micro-batch may have been another."""
         data, train = self.config.data, self.config.train
         return BatchPlan(
             data.seq_len, train.global_batch, train.micro_batch, train.seed, shuffle_mb=data.shuffle_mb

@@ -25,10 +25,12 @@ class Row:
 @dataclass
 class Attempt:
     """A start of the run, with its rows in the file's order; those from step `redone_from` on are void,
-    because a later attempt did them again (0 = none is)."""
+    because a later attempt did them again (0 = none is). `micro_batch` is 0 where an older ledger does not
+    say it."""
 
     number: int
     resumed_at: int
+    micro_batch: int = 0
     rows: list[Row] = field(default_factory=list)
     redone_from: int = 0
 
@@ -50,6 +52,11 @@ class History:
     def rows(self) -> list[Row]:
         """The rows that count, in the file's order."""
         return [row for attempt in self.attempts for row in attempt.kept]
+
+    def micro_batch(self, step: int) -> int:
+        """Samples of each slot of a step, in the attempt whose row of it counts; 0 = not known."""
+        of = (attempt for attempt in self.attempts for row in attempt.kept if row.step == step)
+        return next((attempt.micro_batch for attempt in of), 0)
 
 
 def read_history(run_folder: Path) -> History:
@@ -107,7 +114,7 @@ def _parse(text: str) -> Attempt | dict[str, int] | None:
     try:
         entry: Any = json.loads(text)
         if "resumed_at" in entry:
-            return Attempt(int(entry["attempt"]), int(entry["resumed_at"]))
+            return Attempt(int(entry["attempt"]), int(entry["resumed_at"]), int(entry.get("micro_batch", 0)))
         names = ("step", "first_sample", "end_sample", "world_size", "attempt")
         return {name: int(entry[name]) for name in names}
     except (ValueError, KeyError, TypeError):

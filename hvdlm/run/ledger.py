@@ -16,20 +16,21 @@ FILE_NAME = "ledger.jsonl"
 class Ledger:
     """Appends this attempt's rows; rank 0 alone holds one.
 
-    An attempt opens with `{"attempt", "resumed_at"}`: rows of earlier attempts from step
-    `resumed_at` on are void, because their work was done again.
+    An attempt opens with `{"attempt", "resumed_at", "micro_batch"}`: rows of earlier attempts from
+    step `resumed_at` on are void, because their work was done again.
 
     Args:
         run_folder: where the file lies; it is created if missing.
         attempt: number of this start of the run, from 1.
         resumed_at: first step this attempt does.
+        micro_batch: samples of each slot of its steps.
     """
 
-    def __init__(self, run_folder: Path, *, attempt: int, resumed_at: int) -> None:
+    def __init__(self, run_folder: Path, *, attempt: int, resumed_at: int, micro_batch: int) -> None:
         self._attempt = attempt
         end_last_line(run_folder / FILE_NAME)
         self._file = (run_folder / FILE_NAME).open("a", encoding="utf-8")
-        self._write({"attempt": attempt, "resumed_at": resumed_at})
+        self._write({"attempt": attempt, "resumed_at": resumed_at, "micro_batch": micro_batch})
         self.sync()
 
     def add(self, batch: StepBatch, *, world_size: int) -> None:

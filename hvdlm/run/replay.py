@@ -48,10 +48,11 @@ def replay(run: Recorded, step: int) -> list[ReplayedSlot]:
         )
     plan = run.plan
     samples = _read(run, np.arange(*step_samples(step, plan.global_batch)))
-    m = plan.micro_batch
+    # It may change from attempt to attempt; a ledger that does not say it is of one that did not.
+    m = run.history.micro_batch(step) or plan.micro_batch
     return [
         ReplayedSlot(slot, slot_seed(plan.seed, step, slot), samples[slot * m : (slot + 1) * m])
-        for slot in range(plan.slots)
+        for slot in range(plan.global_batch // m)
     ]
 
 

@@ -234,7 +234,13 @@ def _open_reports(
     if config.log.tensorboard:
         metrics.open_board(run_folder / "tensorboard")
     metrics.open_bar(start.step)
-    return Reports(Ledger(run_folder, attempt=start.attempt, resumed_at=start.step + 1), metrics)
+    ledger = Ledger(
+        run_folder,
+        attempt=start.attempt,
+        resumed_at=start.step + 1,
+        micro_batch=config.train.micro_batch,
+    )
+    return Reports(ledger, metrics)
 
 
 def _flops_per_token(model: nn.Module, seq_len: int) -> int:

@@ -42,7 +42,8 @@ def other_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tiny_data: Path, other_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Killed on 2 ranks; on 1 to its end; on 3 with another blend; on 2 from an older checkpoint."""
+    """Killed on 2 ranks; on 1 to its end; on 3 with another blend and micro-batch; on 2 from an older
+    checkpoint, with the first micro-batch."""
     run = tmp_path_factory.mktemp("runs") / "run"
 
     def command(steps: int, *more: str) -> list[str]:
@@ -54,7 +55,8 @@ def run(tiny_data: Path, other_data: Path, tmp_path_factory: pytest.TempPathFact
         process.wait(timeout=60)
     begun = max(int(p.name.partition("-")[2]) for p in (run / "checkpoints").glob("step-????????"))
     blend = ("--data.path", json.dumps({str(tiny_data): 1, str(other_data): 2}), "--data.new_stage", "true")
-    for ranks, steps, more in ((1, 7, ()), (3, 20, blend), (2, 25, blend)):
+    larger = (*blend, "--train.micro_batch", "4")
+    for ranks, steps, more in ((1, 7, ()), (3, 20, larger), (2, 25, blend)):
         done = helpers.run([*helpers.mpirun(ranks), *command(begun + steps, *more)])
         assert done.returncode == 0, done.stdout
         if steps == 20:
@@ -170,13 +172,14 @@ def test_a_replayed_step_is_what_the_loader_gave(run: Path) -> None:
     boundary = recorded.stages[1].first_sample // 8
     for step in (1, boundary, boundary + 1, last):
         stage = stage_of(recorded.stages, 8 * (step - 1))
+        plan = replace(recorded.plan, micro_batch=4 if step == boundary + 1 else 2)
         seen = []
         for share in ((0, 3), (1, 3), (2, 3)):
             loader = Loader(
                 recorded.sources_of(stage),
                 "train",
                 blend=stage.blend,
-                plan=recorded.plan,
+                plan=plan,
                 share=share,
                 prefetch_steps=0,
             )

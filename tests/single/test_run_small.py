@@ -40,11 +40,11 @@ def batch(step: int) -> StepBatch:
 
 
 def test_a_resumed_attempt_voids_what_it_does_again(tmp_path: Path) -> None:
-    first = Ledger(tmp_path, attempt=1, resumed_at=1)
+    first = Ledger(tmp_path, attempt=1, resumed_at=1, micro_batch=2)
     for step in (1, 2, 3):
         first.add(batch(step), world_size=4)
     first.close()
-    second = Ledger(tmp_path, attempt=2, resumed_at=3)
+    second = Ledger(tmp_path, attempt=2, resumed_at=3, micro_batch=2)
     second.add(batch(3), world_size=2)
     second.close()
     history = read_history(tmp_path)
@@ -57,7 +57,7 @@ def test_a_resumed_attempt_voids_what_it_does_again(tmp_path: Path) -> None:
 def test_a_line_cut_by_a_crash_does_not_swallow_the_next(tmp_path: Path) -> None:
     path = tmp_path / ledger.FILE_NAME
     path.write_text(json.dumps({"attempt": 1, "resumed_at": 1}) + '\n{"step": 1, "fir')
-    Ledger(tmp_path, attempt=2, resumed_at=1).close()
+    Ledger(tmp_path, attempt=2, resumed_at=1, micro_batch=2).close()
     assert [r["attempt"] for r in ledger.read_rows(path)] == [1, 2]
 
 
