@@ -13,7 +13,6 @@ from typing import final
 
 import psutil
 
-from hvdlm.parallel.strategy import Wish
 from hvdlm.run import exit_record
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -31,7 +30,7 @@ _LAUNCHERS = {
 
 @final
 class StopWatch:
-    """A thread that notes why this rank should stop, or save; the loop asks `wish` once a step.
+    """A thread that notes why this rank should stop, or save; the loop asks once a step.
 
     Signals reach the thread through a wake-up socket, so that a rank that hangs in a collective
     still hears them: a second Ctrl-C ends the process, and so does any stop signal once another
@@ -70,9 +69,10 @@ class StopWatch:
         """This rank wants to stop."""
         return self.reason is not None
 
-    def wish(self) -> Wish:
-        """What this rank asks for."""
-        return Wish(self.requested, self._save_wanted)
+    @property
+    def save_requested(self) -> bool:
+        """This rank wants a checkpoint."""
+        return self._save_wanted
 
     def take_save_file(self) -> bool:
         """Remove SAVE, as a checkpoint was committed; whether it was there."""

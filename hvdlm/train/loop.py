@@ -36,7 +36,7 @@ def train(s: Session) -> int:
     skipped_in_a_row, best = s.agreed.start.skipped_in_a_row, s.agreed.start.best
     for batch in s.loader.steps(s.agreed.start.step):
         lr = learning_rate(batch.step, s.config.optim, s.steps)
-        stats = s.strategy.step(batch, lr, wish=s.watch.wish)
+        stats = s.strategy.step(batch, lr, wish=s.wish)
         done = batch.step == s.steps
         if s.reports:
             s.reports.ledger.add(batch, world_size=s.ranks.size)

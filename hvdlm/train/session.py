@@ -19,7 +19,7 @@ from hvdlm.data.sources import Source
 from hvdlm.models import MODELS, pad_vocab
 from hvdlm.models.compilation import compile_blocks_
 from hvdlm.models.llama import load_hf_
-from hvdlm.parallel import STRATEGIES, Strategy
+from hvdlm.parallel import STRATEGIES, Strategy, Wish
 from hvdlm.run import checkpoint, exit_record, restore, stop
 from hvdlm.run.folder import CHECKPOINTS, Start
 from hvdlm.run.ledger import Ledger
@@ -53,6 +53,10 @@ class Session:
     watch: stop.StopWatch
     checks: BlockChecks
     reports: Reports | None
+
+    def wish(self) -> Wish:
+        """What this rank asks for after the step it is in."""
+        return Wish(self.watch.requested, self.watch.save_requested)
 
     def check_lease(self) -> None:
         """On rank 0: is the run still this start's?

@@ -151,6 +151,20 @@ def test_a_document_longer_than_a_shard_is_cut(tmp_path: Path) -> None:
     assert read_manifest(out).text_bytes("train") == 1000
 
 
+def test_it_needs_no_torch(tmp_path: Path) -> None:
+    """Which costs each worker 200 MB and a second."""
+    (tmp_path / "a.txt").write_text("some text\n" * 9)
+    (tmp_path / "val.txt").write_text("other text\n")
+    arguments = [str(tmp_path / "a.txt"), "--val", str(tmp_path / "val.txt"), "--out", str(tmp_path / "out")]
+    code = (
+        "import sys; from hvdlm.preprocess.__main__ import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or ', '.join({'torch', 'horovod'} & sys.modules.keys()) or 0)"
+    )
+    command = [sys.executable, "-c", code, *arguments, "--tokenizer", "byte", "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_line_of_50_mb_in_bounded_memory(tmp_path: Path) -> None:
     """Chinese, emoji and a NUL in one line; the process is a new one, because its peak memory counts."""
     text = "人人生而自由👩\u200d👩\u200d👧 e\u0301\x00 " * (50_000_000 // 50)
