@@ -21,7 +21,7 @@ from hvdlm.data.entries import SPLITS
 from hvdlm.data.loader import BatchPlan, evaluation_batches
 from hvdlm.data.manifest import Manifest
 from hvdlm.data.sources import Source, read_sources
-from hvdlm.parallel.strategy import evaluate
+from hvdlm.parallel.forward import evaluate
 from hvdlm.run import crash
 from hvdlm.run.evaluation import mean_loss
 from hvdlm.run.restore import open_checkpoint, reopen

@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 
 from hvdlm.config.errors import UserError
-from hvdlm.config.knobs import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from hvdlm.config.knobs import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 
 
 def check(config: RunConfig) -> RunConfig:
@@ -20,6 +27,7 @@ def check(config: RunConfig) -> RunConfig:
     _check_optim(config.optim)
     _check_data(config.data)
     _check_fixed(config)
+    _check_compression(config.parallel)
     _check_checkpoint(config)
     _require(
         min(config.eval.every, config.eval.batches, config.checkpoint.every) >= 0 and config.log.every >= 1,
@@ -149,6 +157,15 @@ def _check_fixed(config: RunConfig) -> None:
         )
 
 
+def _check_compression(parallel: ParallelConfig) -> None:
+    _require(parallel.bucket_mb >= 1, f"parallel.bucket_mb {parallel.bucket_mb} must be at least 1")
+    _require(
+        parallel.compression != "bf16" or parallel.strategy != "allreduce",
+        "parallel.compression bf16: Horovod's own reductions know no bf16, which parallel.strategy allreduce "
+        "needs; use parallel.strategy buckets or zero1, or parallel.compression fp16",
+    )
+
+
 def _check_optim(optim: OptimConfig) -> None:
     _require(optim.lr > 0, f"optim.lr {optim.lr} must be above 0")
     _require(
@@ -156,6 +173,8 @@ def _check_optim(optim: OptimConfig) -> None:
         f"optim.min_lr {optim.min_lr} must lie in [0, optim.lr {optim.lr}]; change both together",
     )
     _require(all(0 <= b < 1 for b in optim.betas), f"optim.betas {optim.betas} must lie in [0, 1)")
+    # torch's SGD keeps no buffer for 0, and the state of a run must be there to be saved.
+    _require(0 < optim.momentum < 1, f"optim.momentum {optim.momentum} must lie in (0, 1)")
     _require(
         optim.clip >= 0 and optim.warmup_steps >= 0, "optim.clip and optim.warmup_steps must not be negative"
     )

@@ -85,8 +85,8 @@ class TrainConfig:
     """Sequences a forward pass; global_batch must be a multiple of it."""
     seed: int = 0
     """Seed of the initial weights, the order of samples and dropout."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision; bf16 is autocast over fp32 master weights."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Compute precision; bf16 and fp16 are autocast over fp32 master weights, fp16 with a scaled loss."""
     stop_margin_s: int = 120
     """Seconds before the Slurm job's end at which a run saves and stops by itself."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -95,6 +95,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    kind: Literal["adamw", "adam", "sgd"] = "adamw"
+    """torch's optimizer; of adam and sgd the weight decay is an L2 penalty."""
     lr: float = 6e-4
     """Peak learning rate."""
     min_lr: float = 6e-5
@@ -103,8 +105,10 @@ class OptimConfig:
     """Adam's moment decay rates."""
     eps: float = 1e-8
     """Adam's epsilon."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, on matrices only."""
+    """Weight decay, on matrices only."""
     clip: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
     warmup_steps: int = 100
@@ -115,12 +119,14 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    strategy: Literal["allreduce", "fixed"] = "allreduce"
+    strategy: Literal["allreduce", "buckets", "zero1", "ddp", "fixed"] = "allreduce"
     """How one optimizer step is done; 'fixed' has the same bits on any number of ranks."""
-    compression: Literal["none", "fp16"] = "none"
-    """Precision of gradients on the wire."""
+    compression: Literal["none", "fp16", "bf16"] = "none"
+    """Precision of gradients on the wire; with zero1 and bf16 also that of the parameters sent back."""
+    bucket_mb: int = 25
+    """Gradients sent together by buckets, zero1 and ddp, in MiB."""
     fusion_mb: int = 64
-    """Horovod's tensor-fusion buffer in MiB."""
+    """Horovod's tensor-fusion buffer in MiB, and the gradients that allreduce fuses."""
     cycle_ms: float = 0.0
     """Horovod's cycle time in ms; 0 = 1 with a GPU, 2 on a CPU, 100 for one process alone."""
     stall_timeout_s: int = 600

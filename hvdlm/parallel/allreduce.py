@@ -1,4 +1,4 @@
-"""The default strategy: `hvd.DistributedOptimizer` around fused AdamW."""
+"""The default strategy: `hvd.DistributedOptimizer` around a fused optimizer of torch."""
 
 from __future__ import annotations
 
@@ -14,19 +14,9 @@ from hvdlm.comm.world import World
 from hvdlm.config import OptimConfig, ParallelConfig
 from hvdlm.data.loader import StepBatch
 from hvdlm.parallel import replicated
-from hvdlm.parallel.strategy import (
-    Batch,
-    Piece,
-    Read,
-    StepStats,
-    Strategy,
-    Wish,
-    autocast,
-    evaluate,
-    loss_of,
-    seed_,
-    to_device,
-)
+from hvdlm.parallel.forward import Batch, evaluate, loss_of, slot_loss
+from hvdlm.parallel.strategy import Piece, Read, StepStats, Strategy, Wish, agree
+from hvdlm.parallel.update import Update
 
 
 @final
@@ -40,9 +30,9 @@ class AllReduce(Strategy):
     Args:
         model: an `nn.Module` with `loss(**batch) -> (sum, count)`, on its device.
         world: the ranks of this run.
-        optim: Adam's section.
+        optim: the optimizer's section.
         parallel: wire compression and fusion size.
-        precision: 'fp32' or 'bf16' (autocast over fp32 weights).
+        precision: 'fp32', or 'bf16' or 'fp16' (autocast over fp32 weights).
         slots: micro-slots of this rank in every step, possibly 0.
 
     Collective: construction broadcasts rank 0's weights.
@@ -60,73 +50,60 @@ class AllReduce(Strategy):
     ) -> None:
         self._model = model
         self._world = world
-        self._clip = optim.clip
         self._precision = precision
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = self._parameters[0].device
         replicated.broadcast_model_(model, world)
         self._optimizer = hvd.DistributedOptimizer(
-            replicated.adamw(model, optim),
+            replicated.optimizer_of(model, optim),
             named_parameters=[(f"grad.{n}", p) for n, p in model.named_parameters()],
             op=hvd.Sum,
             compression=hvd.Compression.fp16 if parallel.compression == "fp16" else hvd.Compression.none,
             backward_passes_per_step=max(1, slots),
             groups=_fusion_groups(self._parameters, parallel.fusion_mb * 2**20),
         )
-        replicated.allocate_state_(self._optimizer)
+        self._update = Update(self._optimizer, optim, precision)
 
-    def step(self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish]) -> StepStats:
-        loss = self._backward(batch)
-        sums = torch.tensor([float(loss), *wish()], dtype=torch.float64)
-        self._world.sum_(sums, name="step.statistics")
+    def step(
+        self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish], loss_limit: float = math.inf
+    ) -> StepStats:
+        own_loss = self._backward(batch)
+        loss, agreed = agree(self._world, own_loss, wish())
         self._optimizer.synchronize()
-        grad_norm = float(self._clipped_norm_())
-        finite = math.isfinite(grad_norm)
-        if finite:
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            with self._optimizer.skip_synchronize():
-                self._optimizer.step()
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients))
+        with self._optimizer.skip_synchronize():
+            norm, skipped = self._update.apply_(gradients, norm, lr, allowed=loss <= loss_limit)
         # Plain: the wrapped optimizer's zero_grad takes no argument.
         self._optimizer.zero_grad()
-        agreed = Wish(*(sums[1:] > 0).tolist())
-        return StepStats(float(sums[0]), batch.label_count, grad_norm, not finite, agreed)
+        return StepStats(loss, batch.label_count, norm, skipped, agreed)
 
     def loss(self, batch: Batch) -> tuple[float, int]:
         return evaluate(self._model, batch, precision=self._precision)
 
     def pieces(self) -> Iterator[Piece]:
-        return replicated.pieces(self._model, self._optimizer, self._world)
+        return replicated.pieces(replicated.tensors(self._model, self._update), self._world)
 
     def load(self, read: Read) -> None:
-        replicated.load_(self._model, self._optimizer, read)
+        replicated.load_(replicated.tensors(self._model, self._update), self._update, read)
 
     def digest(self) -> int:
         return replicated.digest(self._model)
 
-    def _backward(self, batch: StepBatch) -> torch.Tensor:
+    def _backward(self, batch: StepBatch) -> float:
         """This rank's part of the mean loss; its gradients are on their way when this returns."""
         self._model.train()
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for slot in batch.slots:
-            seed_(self._device, slot.rng_seed)
-            with autocast(self._device, self._precision):
-                loss, _ = loss_of(self._model)(**to_device(slot.batch, self._device))
-            loss = loss / batch.label_count
-            loss.backward()
+            loss = slot_loss(
+                loss_of(self._model), slot, batch.label_count, device=self._device, precision=self._precision
+            )
+            (loss * self._update.scale).backward()
             total += loss.detach()
         if not batch.slots:
             # An idle rank joins the grouped all-reduces with zeros, through the same hooks.
             torch.autograd.backward([(p * 0).sum() for p in self._parameters])
-        return total
-
-    def _clipped_norm_(self) -> torch.Tensor:
-        """Norm of the reduced gradient, which is then cut to `clip`; equal on all ranks."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if self._clip:
-            nn.utils.clip_grads_with_norm_(self._parameters, self._clip, norm)
-        return norm
+        return float(total)
 
 
 def _fusion_groups(parameters: list[nn.Parameter], limit_bytes: int) -> list[list[nn.Parameter]]:

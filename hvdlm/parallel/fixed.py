@@ -17,19 +17,10 @@ from hvdlm.config import OptimConfig, ParallelConfig
 from hvdlm.data.loader import StepBatch
 from hvdlm.data.order import share_of
 from hvdlm.parallel import replicated
-from hvdlm.parallel.strategy import (
-    Batch,
-    Piece,
-    Read,
-    StepStats,
-    Strategy,
-    Wish,
-    evaluate,
-    loss_of,
-    seed_,
-    to_device,
-)
+from hvdlm.parallel.forward import Batch, evaluate, loss_of, slot_loss
+from hvdlm.parallel.strategy import Piece, Read, StepStats, Strategy, Wish
 from hvdlm.parallel.tree import Span, partial_spans, push, tree_sum
+from hvdlm.parallel.update import Update
 
 _BUCKET_ELEMENTS = 2**22
 """Gradient elements exchanged at a time: 16 MiB of each partial sum."""
@@ -53,7 +44,7 @@ class Fixed(Strategy):
     Args:
         model: an `nn.Module` with `loss(**batch) -> (sum, count)`, on its device.
         world: the ranks of this run.
-        optim: Adam's section.
+        optim: the optimizer's section.
         parallel: has no part; there is no compression.
         precision: 'fp32'.
         slots: micro-slots of this rank in every step, possibly 0; a rank's follow those of the rank before.
@@ -73,14 +64,12 @@ class Fixed(Strategy):
     ) -> None:
         self._model = model
         self._world = world
-        self._clip = optim.clip
         self._precision = precision
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = self._parameters[0].device
         _compute_reproducibly(self._device)
         replicated.broadcast_model_(model, world)
-        self._optimizer = replicated.adamw(model, optim)
-        replicated.allocate_state_(self._optimizer)
+        self._update = Update(replicated.optimizer_of(model, optim), optim, precision)
         counts = world.gather_json(slots, name="fixed.slots")
         self._slots = sum(counts)
         self._spans: list[list[Span]] = [
@@ -90,31 +79,29 @@ class Fixed(Strategy):
         # Of the partial sums of this rank the k-th; the first one also takes the sum over all ranks.
         self._sums = [self._new_sum()]
 
-    def step(self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish]) -> StepStats:
+    def step(
+        self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish], loss_limit: float = math.inf
+    ) -> StepStats:
         losses = self._backward(batch)
         statistics = torch.cat((losses, torch.tensor(wish(), dtype=torch.float64)))
         # Each loss is one rank's and zero on the others, so the order of ranks changes no bit.
         self._world.sum_(statistics, name="step.statistics")
         self._sum_over_ranks_()
-        grad_norm = self._clipped_norm_()
-        finite = math.isfinite(grad_norm)
-        if finite:
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            self._optimizer.step()
+        self._gradients_go_to_(self._sums[0])
         leaves = [(slot, slot + 1) for slot in range(self._slots)]
-        loss = tree_sum(statistics[: self._slots].tolist(), leaves, self._slots) / batch.label_count
+        loss = tree_sum(statistics[: self._slots].tolist(), leaves, self._slots)
+        norm, skipped = self._update.apply_([self._sums[0]], self._norm(), lr, allowed=loss <= loss_limit)
         agreed = Wish(*(statistics[self._slots :] > 0).tolist())
-        return StepStats(loss, batch.label_count, grad_norm, not finite, agreed)
+        return StepStats(loss, batch.label_count, norm, skipped, agreed)
 
     def loss(self, batch: Batch) -> tuple[float, int]:
         return evaluate(self._model, batch, precision=self._precision)
 
     def pieces(self) -> Iterator[Piece]:
-        return replicated.pieces(self._model, self._optimizer, self._world)
+        return replicated.pieces(replicated.tensors(self._model, self._update), self._world)
 
     def load(self, read: Read) -> None:
-        replicated.load_(self._model, self._optimizer, read)
+        replicated.load_(replicated.tensors(self._model, self._update), self._update, read)
 
     def digest(self) -> int:
         return replicated.digest(self._model)
@@ -128,9 +115,10 @@ class Fixed(Strategy):
             if len(spans) == len(self._sums):
                 self._sums.append(self._new_sum())
             self._gradients_go_to_(self._sums[len(spans)].zero_())
-            seed_(self._device, slot.rng_seed)
-            loss, _ = loss_of(self._model)(**to_device(slot.batch, self._device))
-            (loss / batch.label_count).backward()
+            loss = slot_loss(
+                loss_of(self._model), slot, batch.label_count, device=self._device, precision=self._precision
+            )
+            loss.backward()
             losses[slot.index] = loss.detach()
             top = len(spans)
             for _ in range(push(spans, (slot.index, slot.index + 1), self._slots)):
@@ -159,15 +147,11 @@ class Fixed(Strategy):
             piece_sum: torch.Tensor = tree_sum(partial_sums, spans, self._slots)
             total.copy_(hvd.allgather(piece_sum, name=f"fixed.sums.{start}"))
 
-    def _clipped_norm_(self) -> float:
-        """Norm of the sum, in blocks of a fixed size; the gradients are its views, cut to `clip`."""
-        flat = self._sums[0]
-        self._gradients_go_to_(flat)
-        norms = [torch.linalg.vector_norm(block, dtype=torch.float64) for block in flat.split(_NORM_ELEMENTS)]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        if self._clip:
-            nn.utils.clip_grads_with_norm_(self._parameters, self._clip, norm.float())
-        return float(norm)
+    def _norm(self) -> float:
+        """Norm of the sum, in blocks of a fixed size."""
+        blocks = self._sums[0].split(_NORM_ELEMENTS)
+        norms = [torch.linalg.vector_norm(block, dtype=torch.float64) for block in blocks]
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     def _gradients_go_to_(self, flat: torch.Tensor) -> None:
         parts = flat.split([p.numel() for p in self._parameters])

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import nn
 
+from hvdlm.comm.world import World
 from hvdlm.data.loader import StepBatch
-
-Batch = dict[str, torch.Tensor]
-Loss = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+from hvdlm.parallel.forward import Batch
 
 
 class Read(Protocol):
@@ -48,7 +46,7 @@ class StepStats:
         loss: mean loss over the labels of the global batch, in nats.
         count: labels in the global batch.
         grad_norm: norm of the reduced gradient before clipping.
-        skipped: a gradient was not finite, so nothing was updated on any rank.
+        skipped: a gradient was not finite or the loss above its limit: nothing was updated on any rank.
         wish: what some rank asked for after this step.
     """
 
@@ -64,7 +62,8 @@ class Piece:
     """A rectangle of one tensor of the training state, owned by this rank alone.
 
     Attributes:
-        name: canonical name: `model.*`, `optim.m.*`, `optim.v.*`, `optim.count`, `extra.STRATEGY.*`.
+        name: canonical name: `model.*`, `optim.m.*`, `optim.v.*`, `optim.count`, `optim.scale`,
+            `extra.STRATEGY.*`.
         global_shape: shape of the whole tensor.
         offset: where this rectangle starts in it.
         values: the rectangle, on any device.
@@ -76,6 +75,20 @@ class Piece:
     values: torch.Tensor
 
 
+def agree(world: World, loss: float, wish: Wish) -> tuple[float, Wish]:
+    """The loss over all ranks, and what any of them wishes.
+
+    Args:
+        world: all ranks.
+        loss: this rank's part of the mean loss.
+        wish: this rank's.
+
+    Collective: yes.
+    """
+    sums = world.sum_(torch.tensor([loss, *wish], dtype=torch.float64), name="step.statistics")
+    return float(sums[0]), Wish(*(sums[1:] > 0).tolist())
+
+
 class Strategy(ABC):
     """One optimizer step over many processes, and the training state it keeps.
 
@@ -84,7 +97,9 @@ class Strategy(ABC):
     """
 
     @abstractmethod
-    def step(self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish]) -> StepStats:
+    def step(
+        self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish], loss_limit: float = math.inf
+    ) -> StepStats:
         """Do one optimizer step on this rank's micro-slots of the global batch.
 
         Args:
@@ -92,6 +107,7 @@ class Strategy(ABC):
             lr: learning rate of this step.
             wish: what this rank asks for; called when the gradients are under way, so that a wish in
                 the middle of a step counts for it, and all-reduced with the statistics.
+            loss_limit: a mean loss above it updates nothing; equal on all ranks.
 
         Collective: yes.
         """
@@ -126,41 +142,3 @@ class Strategy(ABC):
 
         Collective: no.
         """
-
-
-def loss_of(model: nn.Module) -> Loss:
-    """A model's `loss(**batch) -> (sum, count)`."""
-    return cast(Loss, model.loss)
-
-
-def evaluate(model: nn.Module, batch: Batch, *, precision: str) -> tuple[float, int]:
-    """Loss sum in nats and label count of one batch, on the model's device, without dropout.
-
-    Collective: no.
-    """
-    device = next(model.parameters()).device
-    model.eval()
-    with torch.inference_mode(), autocast(device, precision):
-        total, count = loss_of(model)(**to_device(batch, device))
-    return float(total), int(count)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch where the model is."""
-    return {name: values.to(device, non_blocking=True) for name, values in batch.items()}
-
-
-def seed_(device: torch.device, seed: int) -> None:
-    """Seed the random numbers that a forward pass on `device` draws.
-
-    Not `torch.manual_seed`: where CUDA is not in use it formats a stack trace for later, every time.
-    """
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Compute precision of a forward pass: nothing for fp32, torch's autocast for bf16."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
