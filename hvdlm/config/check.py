@@ -160,9 +160,9 @@ def _check_fixed(config: RunConfig) -> None:
 def _check_compression(parallel: ParallelConfig) -> None:
     _require(parallel.bucket_mb >= 1, f"parallel.bucket_mb {parallel.bucket_mb} must be at least 1")
     _require(
-        parallel.compression != "bf16" or parallel.strategy != "allreduce",
-        "parallel.compression bf16: Horovod's own reductions know no bf16, which parallel.strategy allreduce "
-        "needs; use parallel.strategy buckets or zero1, or parallel.compression fp16",
+        parallel.compression != "bf16" or parallel.strategy in ("buckets", "zero1"),
+        f"parallel.compression bf16: the reductions of parallel.strategy {parallel.strategy} know no bf16; "
+        "use parallel.strategy buckets or zero1, or parallel.compression fp16",
     )
 
 

@@ -3,9 +3,18 @@
 from collections.abc import Callable
 
 from hvdlm.parallel.allreduce import AllReduce
+from hvdlm.parallel.buckets import Buckets
+from hvdlm.parallel.ddp import Ddp
 from hvdlm.parallel.fixed import Fixed
 from hvdlm.parallel.strategy import Piece, Read, StepStats, Strategy, Wish
+from hvdlm.parallel.zero1 import Zero1
 
-STRATEGIES: dict[str, Callable[..., Strategy]] = {"allreduce": AllReduce, "fixed": Fixed}
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
+    "allreduce": AllReduce,
+    "buckets": Buckets,
+    "zero1": Zero1,
+    "ddp": Ddp,
+    "fixed": Fixed,
+}
 
 __all__ = ["STRATEGIES", "Piece", "Read", "StepStats", "Strategy", "Wish"]
