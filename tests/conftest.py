@@ -75,7 +75,10 @@ def world(ranks: int) -> Generator[Any, None, None]:
     from hvdlm.config import ParallelConfig
 
     here = launch.classify(os.environ)
-    settings = launch.process_settings(here, ParallelConfig(), env=os.environ, cores=1, gpus=0)
+    # Without fusion, which buckets need; a group of tensors is fused all the same.
+    settings = launch.process_settings(
+        here, ParallelConfig(strategy="buckets"), env=os.environ, cores=1, gpus=0
+    )
     world = worlds.init(here, settings)
     yield world
     world.close()

@@ -89,9 +89,12 @@ def process_settings(
     # Alone nothing is ever sent, and a thread that wakes each 2 ms costs a step 1.5 % (measured).
     cycle_ms = parallel.cycle_ms or (100.0 if launch.kind == "single" else 1.0 if gpus else 2.0)
     stall_s = parallel.stall_timeout_s
+    # Buckets are reduced in place, one by one: fused, they would be copied, and the order of summation
+    # would depend on what was ready together.
+    fusion_mb = 0 if parallel.strategy in ("buckets", "zero1") else parallel.fusion_mb
     wanted = {
         "HOROVOD_CYCLE_TIME": f"{cycle_ms:g}",
-        "HOROVOD_FUSION_THRESHOLD": str(parallel.fusion_mb * 2**20),
+        "HOROVOD_FUSION_THRESHOLD": str(fusion_mb * 2**20),
         # Horovod ignores a shutdown time below its check time.
         "HOROVOD_STALL_CHECK_TIME_SECONDS": str(max(1, min(60, stall_s // 2))),
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(stall_s),

@@ -51,7 +51,7 @@ _NOT_NEGATIVE = (
     "parallel.cycle_ms",
     "parallel.stall_timeout_s",
 )
-_ABOVE_ZERO = ("model.rope_theta", "model.norm_eps", "optim.eps")
+_ABOVE_ZERO = ("model.rope_theta", "model.norm_eps", "optim.eps", "parallel.bucket_mb")
 
 
 def _check_ranges(config: RunConfig) -> None:
@@ -158,7 +158,6 @@ def _check_fixed(config: RunConfig) -> None:
 
 
 def _check_compression(parallel: ParallelConfig) -> None:
-    _require(parallel.bucket_mb >= 1, f"parallel.bucket_mb {parallel.bucket_mb} must be at least 1")
     _require(
         parallel.compression != "bf16" or parallel.strategy in ("buckets", "zero1"),
         f"parallel.compression bf16: the reductions of parallel.strategy {parallel.strategy} know no bf16; "

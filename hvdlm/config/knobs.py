@@ -123,7 +123,7 @@ class ParallelConfig:
     """How one optimizer step is done; 'fixed' has the same bits on any number of ranks."""
     compression: Literal["none", "fp16", "bf16"] = "none"
     """Precision of gradients on the wire; with zero1 and bf16 also that of the parameters sent back."""
-    bucket_mb: int = 25
+    bucket_mb: float = 25.0
     """Gradients sent together by buckets, zero1 and ddp, in MiB."""
     fusion_mb: int = 64
     """Horovod's tensor-fusion buffer in MiB, and the gradients that allreduce fuses."""

@@ -55,7 +55,7 @@ class Buckets(Strategy):
         self._precision = precision
         self._wire = parallel.compression
         replicated.broadcast_model_(model, world)
-        self._buckets = flatten_(model, bucket_bytes=parallel.bucket_mb * 2**20, multiple=world.size)
+        self._buckets = flatten_(model, bucket_bytes=int(parallel.bucket_mb * 2**20), multiple=world.size)
         flat = [nn.Parameter(bucket.values) for bucket in self._buckets]
         for p, bucket in zip(flat, self._buckets, strict=True):
             p.grad = bucket.gradients

@@ -57,7 +57,7 @@ class Zero1(Strategy):
         self._world = world
         self._precision = precision
         replicated.broadcast_model_(model, world)
-        self._buckets = flatten_(model, bucket_bytes=parallel.bucket_mb * 2**20, multiple=world.size)
+        self._buckets = flatten_(model, bucket_bytes=int(parallel.bucket_mb * 2**20), multiple=world.size)
         self._wires = [parallel.compression if b.is_decayed else "none" for b in self._buckets]
         self._owned = [own_part(bucket, world) for bucket in self._buckets]
         self._masters = [self._new_master(index) for index in range(len(self._buckets))]
