@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
         module.add_arguments(one)
     args = parser.parse_args(argv)
     result = BENCHMARKS[args.name].measure(args)
-    print(json.dumps(result) if args.json else BENCHMARKS[args.name].table(result), flush=True)
+    # Under a launcher only rank 0 has one.
+    if result:
+        print(json.dumps(result) if args.json else BENCHMARKS[args.name].table(result), flush=True)
     return EXIT_DONE
 
 

@@ -119,8 +119,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    strategy: Literal["allreduce", "buckets", "zero1", "ddp", "fixed"] = "allreduce"
-    """How one optimizer step is done; 'fixed' has the same bits on any number of ranks."""
+    strategy: Literal["auto", "allreduce", "buckets", "zero1", "ddp", "fixed"] = "allreduce"
+    """How one optimizer step is done: see docs/parallelism.md; 'auto' = the fastest by `hvdlm.bench step`."""
     compression: Literal["none", "fp16", "bf16"] = "none"
     """Precision of gradients on the wire; with zero1 and bf16 also that of the parameters sent back."""
     bucket_mb: float = 25.0

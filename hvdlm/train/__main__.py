@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,9 +15,19 @@ import torch
 from hvdlm.cluster import job
 from hvdlm.comm import launch, world
 from hvdlm.comm.world import AgreedError, World
-from hvdlm.config import EXIT_DONE, EXIT_USAGE, DataConfig, RunConfig, UserError, run_command, total_steps
+from hvdlm.config import (
+    EXIT_DONE,
+    EXIT_USAGE,
+    DataConfig,
+    RunConfig,
+    UserError,
+    check,
+    run_command,
+    total_steps,
+)
 from hvdlm.config.parse import DEFAULT_RECIPE, load_config
 from hvdlm.corpus import demo
+from hvdlm.parallel.choice import FILE, choose
 from hvdlm.run import crash, exit_record
 from hvdlm.run.folder import Start
 from hvdlm.train.agree import agree_on_start
@@ -29,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         here = launch.classify(os.environ)
         config, recipe = load_config(sys.argv[1:] if argv is None else argv, prog="python -m hvdlm.train")
+        config = _choose_strategy(config, here)
         _prepare_demo(config, recipe, here)
     except UserError:
         if here.rank == 0:
@@ -53,6 +65,17 @@ def _prepare_demo(config: RunConfig, recipe: str, here: launch.Launch) -> None:
     own = recipe == DEFAULT_RECIPE and config.data.path == data_folder
     if own and here.rank == 0 and not (Path(data_folder) / "manifest.json").exists():
         demo.prepare(Path(data_folder))
+
+
+def _choose_strategy(config: RunConfig, here: launch.Launch) -> RunConfig:
+    """Put a strategy in the place of auto: before Horovod starts, as its fusion depends on it."""
+    if config.parallel.strategy != "auto":
+        return config
+    strategy, why = choose(Path(FILE))
+    if here.rank == 0:
+        print(why, flush=True)
+    parallel = replace(config.parallel, strategy=strategy)  # type: ignore[arg-type]
+    return check(replace(config, parallel=parallel))
 
 
 def _job_end_unix() -> float:

@@ -11,6 +11,7 @@ from hvdlm.config import RunConfig, total_steps
 from hvdlm.config.parse import keys, to_toml
 from hvdlm.data.manifest import Manifest, TokenizerInfo, read_tokenizer
 from hvdlm.data.sources import Source, read_sources, window_counts
+from hvdlm.parallel.choice import FILE
 from hvdlm.run.folder import Start, discard_empty, make_folder, open_run
 from hvdlm.run.lease import Lease
 from hvdlm.run.stages import StageSource, check_epochs
@@ -50,6 +51,12 @@ def agree_on_start(config: RunConfig, run_folder: Path, ranks: World, *, job_end
 
     Collective: yes.
     """
+    strategies = ranks.gather_json(config.parallel.strategy, name="start.strategy")
+    if len(set(strategies)) > 1:
+        raise AgreedError(
+            f"parallel.strategy auto: ranks found {', '.join(sorted(set(strategies)))}, needed one for all; "
+            f"{FILE} is not the same on all nodes: share that folder, or name a strategy"
+        )
     leases: list[Lease] = []
 
     def read() -> dict[str, Any]:

@@ -61,7 +61,7 @@ def test_the_resolved_file_is_the_same_configuration(tmp_path: Path) -> None:
         (["--model.layer", "3"], "unknown key model.layer (did you mean model.layers?)"),
         (["--train.lr", "3"], "did you mean optim.lr?"),
         (["--model.layers", "x"], 'Parser key "model.layers": Expected an int. Got value: x'),
-        (["--train.precision", "fp8"], "Expected one of ['fp32', 'bf16']. Got value: fp8"),
+        (["--train.precision", "fp8"], "Expected one of ['fp32', 'bf16', 'fp16']. Got value: fp8"),
         (["--optim.betas", "[0.9]"], "Expected a tuple with 2 elements"),
         (["stray"], "stray"),
         (["--config", "dmo"], "no such file or recipe (did you mean demo?)"),
