@@ -45,7 +45,7 @@ RUN_ELSEWHERE = {
 }
 HDF5_TOOLS = ("h5dump ", "python -c ")
 """Run by test_any_hdf5_tool_reads_a_shard."""
-NOT_KNOBS = {"optim.count", "train.py"}
+NOT_KNOBS = {"optim.count", "optim.scale", "train.py"}
 
 
 def fences(text: str) -> list[tuple[str, str]]:
