@@ -19,6 +19,7 @@ from hvdlm.config import CheckpointConfig, UserError
 from hvdlm.parallel.strategy import Piece
 from hvdlm.run import checkpoint, restore
 from hvdlm.run.folder import open_run
+from hvdlm.run.saver import Saver
 from hvdlm.run.stages import StageSource
 from tests import helpers
 
@@ -50,9 +51,10 @@ def save(run: Path, step: int, *, parent: str = "", best: checkpoint.Best | None
     state["best"] = best or []
     # As it was before there were blends.
     state["fingerprints"] = {"data": "d" * 64, "tokenizer": "t" * 64}
-    return checkpoint.save(
-        run / "checkpoints", pieces(), ALONE, state=state, files={"config.toml": b"x = 1\n"}
-    )
+    saver = Saver(run / "checkpoints", ALONE, files={"config.toml": b"x = 1\n"})
+    saver.begin(pieces(), state)
+    assert saver.finish()
+    return checkpoint.step_folder(run / "checkpoints", step)
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
@@ -177,8 +179,10 @@ def test_a_failed_save_leaves_the_older_ones(tmp_path: Path) -> None:
     with helpers.small_disk(tmp_path / "checkpoints-full", size_kib=1024):
         shutil.copytree(older, tmp_path / "checkpoints-full" / older.name)
         state = {"step": 2, "attempt": 1}
+        saver = Saver(tmp_path / "checkpoints-full", ALONE, files={})
+        saver.begin(big, state)
         with pytest.raises(AgreedError, match=r"rank 0: .*cannot be written.*free space") as caught:
-            checkpoint.save(tmp_path / "checkpoints-full", big, ALONE, state=state, files={})
+            saver.finish()
         assert caught.value.exit_code == 1
         found, notes = restore.newest_valid(tmp_path / "checkpoints-full")
         assert found is not None
