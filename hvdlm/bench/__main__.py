@@ -6,10 +6,10 @@ import argparse
 import json
 import sys
 
-from hvdlm.bench import loader, preprocess, step
+from hvdlm.bench import loader, preprocess, save, step
 from hvdlm.config import EXIT_DONE, run_command
 
-BENCHMARKS = {"loader": loader, "preprocess": preprocess, "step": step}
+BENCHMARKS = {"loader": loader, "preprocess": preprocess, "save": save, "step": step}
 
 
 def main(argv: list[str] | None = None) -> int:

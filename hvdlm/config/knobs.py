@@ -145,6 +145,8 @@ class EvalConfig:
 class CheckpointConfig:
     every: int = 500
     """Steps between checkpoints, besides the last; 0 = only the last."""
+    asynchronous: bool = True
+    """Write checkpoints in a thread while training goes on, from a copy in CPU memory."""
     keep_last: int = 2
     """Checkpoints kept; at least 2, because the newest may be found damaged."""
     keep_every: int = 0

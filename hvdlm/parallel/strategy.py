@@ -32,10 +32,17 @@ class Read(Protocol):
 
 
 class Wish(NamedTuple):
-    """What a rank asks for after a step, or what any rank asked for: to save and leave, to save and go on."""
+    """What a rank says of itself in a step, or what any rank said.
+
+    Attributes:
+        stop: save and leave after this step.
+        save: save and go on.
+        writing: a checkpoint is still being written.
+    """
 
     stop: bool = False
     save: bool = False
+    writing: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class StepStats:
         count: labels in the global batch.
         grad_norm: norm of the reduced gradient before clipping.
         skipped: a gradient was not finite or the loss above its limit: nothing was updated on any rank.
-        wish: what some rank asked for after this step.
+        wish: what some rank said in this step.
     """
 
     loss: float

@@ -7,24 +7,16 @@ and every file's size and digest. See docs/formats.md.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-import stat
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
-from hvdlm.comm.world import AgreedError, World
 from hvdlm.config import EXIT_CRASH, CheckpointConfig, UserError
 from hvdlm.data.files import fsync, write_atomic
-from hvdlm.parallel.strategy import Piece
-from hvdlm.run.restore import FORMAT, MANIFEST, VERSION, file_digest, folders, manifest_digest
+from hvdlm.run.restore import FORMAT, MANIFEST, VERSION, folders, manifest_digest, manifest_text
 
 LATEST = "LATEST"
 KEEP = "KEEP"
@@ -34,62 +26,15 @@ Best: TypeAlias = list[dict[str, Any]]
 """{"step", "val_loss"} of the checkpoints with the smallest validation loss, the best first."""
 
 
-def save(
-    folder: Path, pieces: Iterable[Piece], world: World, *, state: dict[str, Any], files: dict[str, bytes]
-) -> Path:
-    """Commit the training state after `state["step"]` completed steps.
-
-    Every rank writes and fsyncs its own pieces into a temporary folder; rank 0 adds the small
-    files and the manifest, and renames. Whatever fails before the rename leaves older
-    checkpoints as they were.
-
-    Args:
-        folder: the run's `checkpoints` folder.
-        pieces: this rank's part of the state.
-        world: the ranks that save together.
-        state: what is not a tensor; needs `step`.
-        files: small files to carry, by name.
-
-    Returns:
-        The committed folder.
-
-    Raises:
-        AgreedError: some rank could not write (a full disk, say); on all ranks.
-
-    Collective: yes.
-    """
-    final_folder = step_folder(folder, state["step"])
-    temp = final_folder.with_name(f"{final_folder.name}.tmp-{state['attempt']}")
-    try:
-        return _save(temp, pieces, world, state=state, files=files)
-    except AgreedError:
-        if world.is_root:
-            # Half a checkpoint would keep a full disk full.
-            shutil.rmtree(temp, ignore_errors=True)
-        raise
-
-
-def _save(
-    temp: Path, pieces: Iterable[Piece], world: World, *, state: dict[str, Any], files: dict[str, bytes]
-) -> Path:
-    final_folder = step_folder(temp.parent, state["step"])
-    world.on_root(lambda: _make_empty(temp), name="checkpoint.open")
-    written = world.gather_json(_attempt_write(temp, world.rank, pieces), name="checkpoint.written")
-    for rank, outcome in enumerate(written):
-        if "error" in outcome:
-            raise AgreedError(f"rank {rank}: {outcome['error']}", EXIT_CRASH)
-
-    def commit() -> None:
-        _write_manifest(temp, written, state, files)
-        _replace(temp, final_folder)
-
-    world.on_root(commit, name="checkpoint.commit")
-    return final_folder
-
-
 def step_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return folder / f"step-{step:08d}"
+
+
+def temp_folder(folder: Path, step: int, attempt: int) -> Path:
+    """Where it lies until it is committed."""
+    final_folder = step_folder(folder, step)
+    return final_folder.with_name(f"{final_folder.name}.tmp-{attempt}")
 
 
 def rank_best(best: Best, step: int, val_loss: float | None, *, count: int) -> Best:
@@ -148,57 +93,53 @@ def check_space(folder: Path, keep: CheckpointConfig, model: nn.Module) -> None:
         )
 
 
-def _attempt_write(temp: Path, rank: int, pieces: Iterable[Piece]) -> dict[str, Any]:
-    """Write this rank's pieces; a failure is returned, so that the ranks can agree on it."""
-    tensors: dict[str, torch.Tensor] = {}
-    records = []
-    file = f"rank-{rank:05d}.safetensors"
-    for piece in pieces:
-        key = piece.name if tuple(piece.values.shape) == piece.global_shape else _piece_key(piece)
-        tensors[key] = piece.values.detach().cpu().contiguous()
-        records.append(
-            {
-                "name": piece.name,
-                "dtype": str(piece.values.dtype).removeprefix("torch."),
-                "global_shape": piece.global_shape,
-                "piece": {"file": file, "key": key, "offset": piece.offset, "shape": piece.values.shape},
-            }
-        )
-    if not tensors:
-        return {"pieces": [], "file": None}
+def make_empty(temp: Path) -> None:
+    """Create the folder that a save goes to; what earlier ones left unfinished is deleted.
+
+    Raises:
+        UserError: the file system refuses.
+    """
     try:
-        save_file(tensors, temp / file)
-        # safetensors creates its files for their owner alone, whatever the umask: colleagues who
-        # share a run could not resume it.
-        (temp / file).chmod(stat.S_IMODE(temp.stat().st_mode) & 0o666)
-        fsync(temp / file)
-        return {"pieces": records, "file": file, "digest": file_digest(temp / file)}
-    except (OSError, SafetensorError) as error:
-        return {"error": f"{temp / file}: cannot be written: {error}; free space in the run folder"}
+        delete_unfinished(temp.parent)
+        temp.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"{temp}: cannot be created: {error.strerror}; check the run folder", EXIT_CRASH
+        ) from error
 
 
-def _piece_key(piece: Piece) -> str:
-    return f"{piece.name}@{','.join(map(str, piece.offset))}"
+def delete_unfinished(folder: Path) -> None:
+    """Delete what saves that never came to their end have left.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+    """
+    for stale in folder.glob("step-*.tmp-*"):
+        shutil.rmtree(stale)
 
 
-def _write_manifest(
-    temp: Path, written: list[dict[str, Any]], state: dict[str, Any], files: dict[str, bytes]
-) -> None:
-    """The small files, then the manifest that makes the folder a checkpoint."""
-    small = {**files, "state.json": (json.dumps(state, indent=1) + "\n").encode()}
-    digests = {w["file"]: w["digest"] for w in written if w["file"]}
-    for name, content in small.items():
-        write_atomic(temp / name, content)
-        digests[name] = file_digest(temp / name)
+def commit(temp: Path, final_folder: Path, written: list[dict[str, Any]]) -> None:
+    """Make a folder whose files are all durable a checkpoint: write its manifest and rename it.
+
+    Args:
+        temp: the folder.
+        final_folder: what it becomes; an older checkpoint of the same step is replaced.
+        written: of each rank, its `pieces` (records of `Snapshot`) and `files` (size and digest by name).
+
+    Raises:
+        UserError: the file system refuses.
+    """
     tensors: dict[str, dict[str, Any]] = {}
     for record in (r for w in written for r in w["pieces"]):
         tensor = tensors.setdefault(
             record["name"], {"shape": record["global_shape"], "dtype": record["dtype"], "pieces": []}
         )
         tensor["pieces"].append(record["piece"])
-    manifest = {"format": FORMAT, "version": VERSION, "files": digests, "tensors": tensors}
+    files = {name: digest for w in written for name, digest in w["files"].items()}
+    manifest = {"format": FORMAT, "version": VERSION, "files": files, "tensors": tensors}
     manifest["digest"] = manifest_digest(manifest)
-    write_atomic(temp / MANIFEST, (json.dumps(manifest) + "\n").encode())
+    write_atomic(temp / MANIFEST, manifest_text(manifest))
+    _replace(temp, final_folder)
 
 
 def _replace(temp: Path, final_folder: Path) -> None:
@@ -213,12 +154,3 @@ def _replace(temp: Path, final_folder: Path) -> None:
         raise UserError(f"{final_folder}: cannot be committed: {error}", EXIT_CRASH) from error
     shutil.rmtree(old, ignore_errors=True)
     write_atomic(final_folder.parent / LATEST, f"{final_folder.name}\n".encode())
-
-
-def _make_empty(folder: Path) -> None:
-    try:
-        for stale in folder.parent.glob("step-*.tmp-*"):
-            shutil.rmtree(stale)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be created: {error}; check the run folder", EXIT_CRASH) from error

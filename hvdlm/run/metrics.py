@@ -113,6 +113,11 @@ class Metrics:
         self._write({"kind": "eval", "step": step, "val_loss": _finite(val_loss), "attempt": self._attempt})
         self.say(f"step {step:>{self._width}}/{self._steps}  validation loss {val_loss:.4f}")
 
+    def saved(self, step: int, seconds: dict[str, float], *, size_bytes: int) -> None:
+        """Write a committed checkpoint's row."""
+        times = {key: round(value, 4) for key, value in seconds.items()}
+        self._write({"kind": "save", "step": step, **times, "bytes": size_bytes, "attempt": self._attempt})
+
     def say(self, line: str) -> None:
         """Print a line, above the progress bar where there is one."""
         try:

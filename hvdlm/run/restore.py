@@ -199,13 +199,14 @@ def _set_aside(folder: Path, problem: str) -> str:
 
 
 def find_problem(folder: Path) -> str | None:
-    """What is damaged in a checkpoint: every file's size and digest is compared; None if nothing.
+    """What is damaged in a checkpoint: every byte of every file is compared; None if nothing.
 
     Raises:
         UserError: it cannot be read, which may pass, or is of a newer version, which is no damage.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        text = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(text.decode())
         if manifest["digest"] != manifest_digest(manifest):
             return f"{MANIFEST} was changed after it was written"
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
@@ -213,6 +214,12 @@ def find_problem(folder: Path) -> str | None:
                 f"{folder}: is {manifest['format']} {manifest['version']}, this hvdlm reads {FORMAT} "
                 f"{VERSION}; use the hvdlm that wrote it, or a newer one"
             )
+        if text != manifest_text(manifest):
+            # Spaces are not in the digest, and of a name that stands twice only the last is.
+            return f"{MANIFEST} is not as it was written"
+        for path in sorted(folder.glob("rank-*.safetensors")):
+            if path.name not in manifest["files"]:
+                return f"{path.name} does not belong to it"
         for name, expected in manifest["files"].items():
             found = file_digest(folder / name)
             if found["bytes"] != expected["bytes"]:
@@ -245,6 +252,11 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     """xxh3_128 of a manifest's canonical JSON without its own `digest`."""
     content = {key: value for key, value in manifest.items() if key != "digest"}
     return xxhash.xxh3_128(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def manifest_text(manifest: dict[str, Any]) -> bytes:
+    """The one form in which a manifest is written."""
+    return (json.dumps(manifest) + "\n").encode()
 
 
 def reopen(folder: Path) -> Checkpoint:

@@ -41,13 +41,19 @@ def train(s: Session) -> int:
         if s.reports:
             s.reports.ledger.add(batch, world_size=s.ranks.size)
             s.reports.metrics.train(batch.step, stats, lr, show=done or _due(batch.step, s.config.log.every))
+        if not stats.wish.writing:
+            _commit(s)
         skipped_in_a_row = skipped_in_a_row + 1 if stats.skipped else 0
         _check(s, batch.step, skipped_in_a_row, last=done)
         val_loss = _validate(s, batch.step) if done or _due(batch.step, s.config.eval.every) else None
-        if done or any(stats.wish) or _due(batch.step, s.config.checkpoint.every):
+        leaving = done or stats.wish.stop
+        if leaving or stats.wish.save or _due(batch.step, s.config.checkpoint.every):
             best = checkpoint.rank_best(best, batch.step, val_loss, count=s.config.checkpoint.keep_best)
-            _save(s, batch.step, skipped_in_a_row=skipped_in_a_row, best=best)
-        if done or stats.wish.stop:
+            waits = leaving or not s.config.checkpoint.asynchronous
+            _save(s, batch.step, skipped_in_a_row=skipped_in_a_row, best=best, asked=waits or stats.wish.save)
+            if waits:
+                _commit(s)
+        if leaving:
             return _finish(s, batch.step, EXIT_DONE if done else EXIT_REQUEUE)
     raise AssertionError("the loader is endless")
 
@@ -59,6 +65,7 @@ def _due(step: int, every: int) -> bool:
 def _check(s: Session, step: int, skipped_in_a_row: int, *, last: bool) -> None:
     """Stop before more harm is done, or calling it done."""
     if skipped_in_a_row >= (1 if last else _MAX_SKIPPED_IN_A_ROW):
+        _commit(s)
         raise AgreedError(
             f"step {step}: loss or gradient not finite {skipped_in_a_row} time(s) in a row; lower optim.lr "
             f"or lengthen optim.warmup_steps, and begin anew or from a checkpoint in {s.run_folder}",
@@ -85,9 +92,9 @@ def _validate(s: Session, step: int) -> float | None:
     return loss
 
 
-def _save(s: Session, step: int, *, skipped_in_a_row: int, best: checkpoint.Best) -> None:
-    if s.reports:
-        s.reports.ledger.sync()
+def _save(s: Session, step: int, *, skipped_in_a_row: int, best: checkpoint.Best, asked: bool) -> None:
+    """Begin a save; one that is still in flight is waited for."""
+    _commit(s)
     state = {
         "step": step,
         "samples": step * s.config.train.global_batch,
@@ -104,14 +111,19 @@ def _save(s: Session, step: int, *, skipped_in_a_row: int, best: checkpoint.Best
         "eos_id": s.agreed.tokenizer.eos_id,
         "versions": {"hvdlm": __version__, "torch": torch.__version__},
     }
-    checkpoints = s.run_folder / folder.CHECKPOINTS
-    s.ranks.on_root(s.check_lease, name="save.lease")
-    checkpoint.save(checkpoints, s.strategy.pieces(), s.ranks, state=state, files=s.agreed.carried)
+    s.saver.begin(s.strategy.pieces(), state, asked=asked, before=s.check_lease)
     if s.reports:
-        checkpoint.prune(checkpoints, s.config.checkpoint, best=best)
-        if s.watch.take_save_file():
-            s.reports.metrics.say(f"saved after step {step} (file {s.run_folder / stop.SAVE_FILE})")
         s.reports.metrics.restart_clock()
+
+
+def _commit(s: Session) -> None:
+    """Finish the save that is in flight, where one is."""
+    saved = s.saver.finish(before=s.before_commit)
+    if saved and s.reports:
+        s.reports.metrics.saved(saved.step, saved.seconds, size_bytes=saved.size_bytes)
+        checkpoint.prune(s.run_folder / folder.CHECKPOINTS, s.config.checkpoint, best=saved.state["best"])
+        if saved.asked and s.watch.take_save_file():
+            s.reports.metrics.say(f"saved after step {saved.step} (file {s.run_folder / stop.SAVE_FILE})")
 
 
 def _finish(s: Session, step: int, exit_code: int) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 from hvdlm.comm import device
 from hvdlm.comm.world import World
 from hvdlm.config import RunConfig, total_steps
-from hvdlm.data.files import write_atomic
+from hvdlm.data.files import unwritable, write_atomic
 from hvdlm.data.loader import BatchPlan, Loader
 from hvdlm.data.manifest import TokenizerInfo
 from hvdlm.data.order import share_of
@@ -20,10 +20,11 @@ from hvdlm.models import MODELS, pad_vocab
 from hvdlm.models.compilation import compile_blocks_
 from hvdlm.models.llama import load_hf_
 from hvdlm.parallel import STRATEGIES, Strategy, Wish
-from hvdlm.run import checkpoint, exit_record, restore, stop
+from hvdlm.run import checkpoint, exit_record, ledger, restore, stop
 from hvdlm.run.folder import CHECKPOINTS, Start
 from hvdlm.run.ledger import Ledger
 from hvdlm.run.metrics import Metrics
+from hvdlm.run.saver import Saver
 from hvdlm.train.agree import Agreed
 from hvdlm.train.checks import BlockChecks, begin_checks
 from hvdlm.train.headline import headline, sizes
@@ -52,11 +53,13 @@ class Session:
     strategy: Strategy
     watch: stop.StopWatch
     checks: BlockChecks
+    saver: Saver
     reports: Reports | None
 
     def wish(self) -> Wish:
-        """What this rank asks for after the step it is in."""
-        return Wish(self.watch.requested, self.watch.save_requested)
+        """What this rank says in the step it is in; while a save is in flight none is begun for SAVE."""
+        save = self.watch.save_requested and not self.saver.in_flight
+        return Wish(self.watch.requested, save, self.saver.writing)
 
     def check_lease(self) -> None:
         """On rank 0: is the run still this start's?
@@ -66,6 +69,19 @@ class Session:
         """
         if self.agreed.lease:
             self.agreed.lease.check()
+
+    def before_commit(self) -> None:
+        """On rank 0: the run is still this start's, and the ledger of what is committed is durable.
+
+        Raises:
+            UserError: another start took over, or the file system refuses.
+        """
+        self.check_lease()
+        if self.reports:
+            try:
+                self.reports.ledger.sync()
+            except OSError as error:
+                raise unwritable(self.run_folder / ledger.FILE_NAME, error) from error
 
     def close(self) -> None:
         """End the threads and close the files."""
@@ -127,6 +143,7 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
         strategy=strategy,
         watch=watch,
         checks=checks,
+        saver=Saver(run_folder / CHECKPOINTS, ranks, files=agreed.carried),
         reports=reports,
     )
 
@@ -209,7 +226,13 @@ def build_model(config: RunConfig, tokenizer: TokenizerInfo, ranks: World, *, re
 
 def _check_space(config: RunConfig, run_folder: Path, ranks: World, *, model: nn.Module) -> None:
     folder = run_folder / CHECKPOINTS
-    ranks.on_root(lambda: checkpoint.check_space(folder, config.checkpoint, model), name="session.space")
+
+    def check() -> None:
+        # First: what a killed start left half written may be what fills the disk.
+        checkpoint.delete_unfinished(folder)
+        checkpoint.check_space(folder, config.checkpoint, model)
+
+    ranks.on_root(check, name="session.space")
 
 
 def _build_strategy(config: RunConfig, model: nn.Module, ranks: World) -> Strategy:

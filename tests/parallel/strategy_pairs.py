@@ -12,7 +12,8 @@ from hvdlm.comm import launch
 from hvdlm.comm import world as worlds
 from hvdlm.config import ParallelConfig
 from hvdlm.parallel import STRATEGIES
-from hvdlm.run import checkpoint, restore
+from hvdlm.run import restore
+from hvdlm.run.saver import Saver
 from tests.parallel.test_strategies import OPTIM, never, new_model, new_strategy, reference_steps, step_batch
 
 SAVED_STEP, LAST_STEP = 3, 8
@@ -24,8 +25,9 @@ def save(folder: Path, world: worlds.World) -> None:
         strategy = new_strategy(name, new_model(), world)
         for step in range(1, SAVED_STEP + 1):
             strategy.step(step_batch(step, world), OPTIM.lr, wish=never)
-        state = {"step": SAVED_STEP, "attempt": 1}
-        checkpoint.save(folder / name, strategy.pieces(), world, state=state, files={})
+        saver = Saver(folder / name, world, files={})
+        saver.begin(strategy.pieces(), {"step": SAVED_STEP, "attempt": 1})
+        assert saver.finish()
 
 
 def resume(folder: Path, world: worlds.World) -> None:

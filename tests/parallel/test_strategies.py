@@ -22,7 +22,8 @@ from hvdlm.data.order import share_of
 from hvdlm.models import MODELS
 from hvdlm.parallel import STRATEGIES, Strategy
 from hvdlm.parallel.strategy import Wish
-from hvdlm.run import checkpoint, restore
+from hvdlm.run import restore
+from hvdlm.run.saver import Saver
 
 OPTIM = OptimConfig(lr=1e-2, clip=0.5, weight_decay=0.1)
 MODEL = ModelConfig(layers=1, width=16, heads=2, dropout=0.1)
@@ -52,7 +53,9 @@ def never() -> Wish:
 
 def wish_of(rank: int, step: int) -> Wish:
     """One rank asks to stop after step 3, another to save after 2 and 3."""
-    return Wish(stop=(rank, step) == (1, 3), save=rank == 0 and step in (2, 3))
+    return Wish(
+        stop=(rank, step) == (1, 3), save=rank == 0 and step in (2, 3), writing=(rank, step) == (0, 4)
+    )
 
 
 def new_model() -> nn.Module:
@@ -132,7 +135,7 @@ def test_the_steps_are_those_of_one_process(world: World, ranks: int, name: str)
         assert stats.grad_norm == pytest.approx(expected[step - 1][1], rel=1e-5 if step == 1 else 1e-3)
         assert stats.count == SLOTS * MICRO_BATCH * SEQ_LEN
         assert not stats.skipped
-        assert stats.wish == (step == 3 and ranks > 1, step in (2, 3))
+        assert stats.wish == (step == 3 and ranks > 1, step in (2, 3), step == 4)
     assert world.same(strategy.digest(), name="digest")
     for found, wanted in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
@@ -276,11 +279,13 @@ def test_every_element_has_one_owner_and_is_loaded_back(
     parameters = sum(p.numel() for p in new_model().parameters())
     assert sum(times.numel() for times in times_owned.values()) == 3 * parameters + 1
 
-    saved = checkpoint.save(folder, strategy.pieces(), world, state={"step": 1, "attempt": 1}, files={})
+    saver = Saver(folder, world, files={})
+    saver.begin(strategy.pieces(), {"step": 1, "attempt": 1})
+    assert saver.finish()
     digest = strategy.digest()
     other = new_strategy(name, new_model(), world)
     assert other.digest() != digest
-    other.load(restore.open_checkpoint(saved).read)
+    other.load(restore.open_checkpoint(folder / "step-00000001").read)
     assert other.digest() == digest
     stats = [s.step(step_batch(2, world), OPTIM.lr, wish=never) for s in (strategy, other)]
     if name == "ddp":

@@ -162,7 +162,8 @@ def test_a_full_disk_while_saving_keeps_the_older_checkpoint(tiny_data: Path, tm
     disk = tmp_path / "disk"
     with helpers.small_disk(disk, size_kib=1000):
         command = helpers.train_command(tiny_data, disk / "run", "--checkpoint.every", "5")
-        fails([*helpers.mpirun(2), *command], 1, str(disk), "pace")
+        fails([*helpers.mpirun(2), *command], 1, str(disk), "No space left", "free space in the run folder")
+        assert not list((disk / "run" / "checkpoints").glob("*.tmp-*"))
         kept = sorted(p.name for p in (disk / "run" / "checkpoints").glob("step-????????"))
         assert kept
         resumed = helpers.run(
@@ -170,6 +171,18 @@ def test_a_full_disk_while_saving_keeps_the_older_checkpoint(tiny_data: Path, tm
         )
         assert "finished" in resumed.stdout
         assert resumed.returncode == 0
+
+
+def test_a_run_folder_that_cannot_be_written_any_more(tiny_data: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with helpers.small_disk(disk, size_kib=4000):
+        command = helpers.train_command(tiny_data, disk / "run")
+        train(tiny_data, disk / "run")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        more = [*helpers.mpirun(2), *command, "--train.steps", "30"]
+        fails(more, 2, str(disk / "run"), "Read-only file system", "choose another train.out")
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        assert "resumed from" in train(tiny_data, disk / "run", "--train.steps", "30").stdout
 
 
 def test_a_damaged_checkpoint_is_passed_over(tiny_data: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import stat
 from pathlib import Path
@@ -19,6 +18,7 @@ from hvdlm.config import CheckpointConfig, UserError
 from hvdlm.parallel.strategy import Piece
 from hvdlm.run import checkpoint, restore
 from hvdlm.run.folder import open_run
+from hvdlm.run.saver import Saver
 from hvdlm.run.stages import StageSource
 from tests import helpers
 
@@ -50,9 +50,10 @@ def save(run: Path, step: int, *, parent: str = "", best: checkpoint.Best | None
     state["best"] = best or []
     # As it was before there were blends.
     state["fingerprints"] = {"data": "d" * 64, "tokenizer": "t" * 64}
-    return checkpoint.save(
-        run / "checkpoints", pieces(), ALONE, state=state, files={"config.toml": b"x = 1\n"}
-    )
+    saver = Saver(run / "checkpoints", ALONE, files={"config.toml": b"x = 1\n"})
+    saver.begin(pieces(), state)
+    assert saver.finish()
+    return checkpoint.step_folder(run / "checkpoints", step)
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
@@ -88,28 +89,6 @@ def test_pieces_that_leave_a_hole_are_refused(tmp_path: Path) -> None:
     opened.manifest["tensors"]["model.matrix"]["pieces"].pop()
     with pytest.raises(UserError, match=r"model.matrix cover 3 of 12 elements"):
         opened.read("model.matrix", (0, 0), (4, 3))
-
-
-def test_every_damaged_byte_and_every_truncation_is_found(tmp_path: Path) -> None:
-    folder = save(tmp_path, 5)
-    choose = random.Random(1)
-    for path in sorted(p for p in folder.iterdir()):
-        content = path.read_bytes()
-        places = [0, len(content) - 1, *choose.choices(range(len(content)), k=40)]
-        for place in places:
-            damaged = bytearray(content)
-            damaged[place] ^= 1 << choose.randrange(8)
-            path.write_bytes(damaged)
-            problem = restore.find_problem(folder)
-            # A final newline or a space in the manifest's JSON may change without changing it.
-            assert problem or (path.name == restore.MANIFEST and damaged.split() == content.split())
-        for length in (0, len(content) // 2, len(content) - 2):
-            path.write_bytes(content[:length])
-            assert restore.find_problem(folder)
-        path.unlink()
-        assert restore.find_problem(folder)
-        path.write_bytes(content)
-    assert restore.find_problem(folder) is None
 
 
 def test_resume_takes_the_newest_valid_one(tmp_path: Path) -> None:
@@ -177,8 +156,10 @@ def test_a_failed_save_leaves_the_older_ones(tmp_path: Path) -> None:
     with helpers.small_disk(tmp_path / "checkpoints-full", size_kib=1024):
         shutil.copytree(older, tmp_path / "checkpoints-full" / older.name)
         state = {"step": 2, "attempt": 1}
+        saver = Saver(tmp_path / "checkpoints-full", ALONE, files={})
+        saver.begin(big, state)
         with pytest.raises(AgreedError, match=r"rank 0: .*cannot be written.*free space") as caught:
-            checkpoint.save(tmp_path / "checkpoints-full", big, ALONE, state=state, files={})
+            saver.finish()
         assert caught.value.exit_code == 1
         found, notes = restore.newest_valid(tmp_path / "checkpoints-full")
         assert found is not None
