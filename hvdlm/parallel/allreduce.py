@@ -75,14 +75,16 @@ class AllReduce(Strategy):
         )
         replicated.allocate_state_(self._optimizer)
 
-    def step(self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish]) -> StepStats:
+    def step(
+        self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish], loss_limit: float = math.inf
+    ) -> StepStats:
         loss = self._backward(batch)
         sums = torch.tensor([float(loss), *wish()], dtype=torch.float64)
         self._world.sum_(sums, name="step.statistics")
         self._optimizer.synchronize()
         grad_norm = float(self._clipped_norm_())
-        finite = math.isfinite(grad_norm)
-        if finite:
+        applied = math.isfinite(grad_norm) and float(sums[0]) <= loss_limit
+        if applied:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             with self._optimizer.skip_synchronize():
@@ -90,7 +92,7 @@ class AllReduce(Strategy):
         # Plain: the wrapped optimizer's zero_grad takes no argument.
         self._optimizer.zero_grad()
         agreed = Wish(*(sums[1:] > 0).tolist())
-        return StepStats(float(sums[0]), batch.label_count, grad_norm, not finite, agreed)
+        return StepStats(float(sums[0]), batch.label_count, grad_norm, not applied, agreed)
 
     def loss(self, batch: Batch) -> tuple[float, int]:
         return evaluate(self._model, batch, precision=self._precision)

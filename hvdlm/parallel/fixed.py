@@ -90,22 +90,24 @@ class Fixed(Strategy):
         # Of the partial sums of this rank the k-th; the first one also takes the sum over all ranks.
         self._sums = [self._new_sum()]
 
-    def step(self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish]) -> StepStats:
+    def step(
+        self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish], loss_limit: float = math.inf
+    ) -> StepStats:
         losses = self._backward(batch)
         statistics = torch.cat((losses, torch.tensor(wish(), dtype=torch.float64)))
         # Each loss is one rank's and zero on the others, so the order of ranks changes no bit.
         self._world.sum_(statistics, name="step.statistics")
         self._sum_over_ranks_()
         grad_norm = self._clipped_norm_()
-        finite = math.isfinite(grad_norm)
-        if finite:
+        leaves = [(slot, slot + 1) for slot in range(self._slots)]
+        loss = tree_sum(statistics[: self._slots].tolist(), leaves, self._slots) / batch.label_count
+        applied = math.isfinite(grad_norm) and loss <= loss_limit
+        if applied:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
-        leaves = [(slot, slot + 1) for slot in range(self._slots)]
-        loss = tree_sum(statistics[: self._slots].tolist(), leaves, self._slots) / batch.label_count
         agreed = Wish(*(statistics[self._slots :] > 0).tolist())
-        return StepStats(loss, batch.label_count, grad_norm, not finite, agreed)
+        return StepStats(loss, batch.label_count, grad_norm, not applied, agreed)
 
     def loss(self, batch: Batch) -> tuple[float, int]:
         return evaluate(self._model, batch, precision=self._precision)

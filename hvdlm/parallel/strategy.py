@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -48,7 +49,8 @@ class StepStats:
         loss: mean loss over the labels of the global batch, in nats.
         count: labels in the global batch.
         grad_norm: norm of the reduced gradient before clipping.
-        skipped: a gradient was not finite, so nothing was updated on any rank.
+        skipped: a gradient was not finite or the loss above its limit, so nothing was updated on any
+            rank.
         wish: what some rank asked for after this step.
     """
 
@@ -84,7 +86,9 @@ class Strategy(ABC):
     """
 
     @abstractmethod
-    def step(self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish]) -> StepStats:
+    def step(
+        self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish], loss_limit: float = math.inf
+    ) -> StepStats:
         """Do one optimizer step on this rank's micro-slots of the global batch.
 
         Args:
@@ -92,6 +96,7 @@ class Strategy(ABC):
             lr: learning rate of this step.
             wish: what this rank asks for; called when the gradients are under way, so that a wish in
                 the middle of a step counts for it, and all-reduced with the statistics.
+            loss_limit: equal on all ranks; a larger loss in nats updates nothing.
 
         Collective: yes.
         """
