@@ -83,7 +83,7 @@ class AllReduce(Strategy):
         self._world.sum_(sums, name="step.statistics")
         self._optimizer.synchronize()
         grad_norm = float(self._clipped_norm_())
-        applied = math.isfinite(grad_norm) and float(sums[0]) <= loss_limit
+        applied = math.isfinite(grad_norm + float(sums[0])) and float(sums[0]) <= loss_limit
         if applied:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr

@@ -101,7 +101,7 @@ class Fixed(Strategy):
         grad_norm = self._clipped_norm_()
         leaves = [(slot, slot + 1) for slot in range(self._slots)]
         loss = tree_sum(statistics[: self._slots].tolist(), leaves, self._slots) / batch.label_count
-        applied = math.isfinite(grad_norm) and loss <= loss_limit
+        applied = math.isfinite(grad_norm + loss) and loss <= loss_limit
         if applied:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr

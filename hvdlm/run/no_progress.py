@@ -41,8 +41,8 @@ def starts_without_progress(run_folder: Path, step: int) -> int:
     )
     ends = "; ".join(_end_of(run_folder, n) for n in range(max(1, attempt - _STARTS + 1), attempt + 1))
     raise UserError(
-        f"{run_folder}: the last {count} starts ended without a checkpoint after step {step}: {ends}. Mend the "
-        f"cause (or save more often: checkpoint.every), then rm {run_folder / exit_record.FILE_NAME} and start",
+        f"{run_folder}: the last {count} starts ended without a checkpoint after step {step}: {ends}. "
+        f"Mend the cause (or save more often: checkpoint.every), rm {run_folder / exit_record.FILE_NAME}, start",
         EXIT_NO_PROGRESS,
     )
 

@@ -35,8 +35,8 @@ def check_skipped(
     if spike:
         raise AgreedError(
             f"step {step}: {count} steps in a row updated nothing, this one for a loss of {stats.loss:.4f}, "
-            f"above mean + {train.spike_sigmas:g} sigma of the last {WINDOW}; if the new losses are right (as "
-            f"after a change of data), start again with --train.spike_sigmas 0, else begin from an older "
+            f"above mean + {train.spike_sigmas:g} sigma of the last {WINDOW}; if the new losses are right "
+            f"(as after a change of data), start again with --train.spike_sigmas 0, else begin from an older "
             f"checkpoint in {run_folder}",
             EXIT_CRASH,
         )

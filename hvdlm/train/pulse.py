@@ -99,8 +99,8 @@ class Pulse:
                 here = sum(other["rss_bytes"] for other in of_ranks if other["host"] == host)
                 lines.append(
                     f"warning: node {host} has {available / 2**30:.2f} of {limit / 2**30:.2f} GiB of memory "
-                    f"left, its ranks hold {here / 2**30:.2f} GiB; the kernel may end them, so this run saves "
-                    "now; ask for more memory, or lower train.micro_batch"
+                    f"left, its ranks hold {here / 2**30:.2f} GiB; the kernel may end them, so this run "
+                    "saves now; ask for more memory, or lower train.micro_batch"
                 )
         return lines
 
@@ -111,7 +111,7 @@ class Pulse:
             return []
         _, times = slowdown(slot_ms)
         return [
-            f"warning: rank {rank} on {of_ranks[rank]['host']} takes {slot_ms[rank]:.1f} ms a micro-batch, the "
-            f"slowest {times:.2f} times the median; all wait for it: look at that node, or leave it out"
+            f"warning: rank {rank} on {of_ranks[rank]['host']} takes {slot_ms[rank]:.1f} ms a micro-batch, "
+            f"the slowest {times:.2f} times the median; all wait for it: look at that node, or leave it out"
             for rank in self._stragglers.look(slot_ms)
         ]

@@ -126,6 +126,17 @@ def test_a_nan_on_one_rank_updates_nothing_anywhere(world: World, ranks: int, na
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_loss_above_its_limit_updates_nothing_anywhere(world: World, ranks: int, name: str) -> None:
+    strategy = new_strategy(name, new_model(), world)
+    before = strategy.digest()
+    assert strategy.step(step_batch(1, world), OPTIM.lr, wish=never, loss_limit=0.5).skipped
+    assert strategy.digest() == before
+    assert not strategy.step(step_batch(1, world), OPTIM.lr, wish=never, loss_limit=50.0).skipped
+    assert strategy.digest() != before
+
+
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("name", sorted(STRATEGIES.keys() - {"fixed"}))
 def test_fp16_on_the_wire_is_close(world: World, ranks: int, name: str) -> None:
     expected = reference_steps(new_model(), 1)[0]
