@@ -42,7 +42,7 @@ def starts_without_progress(run_folder: Path, step: int) -> int:
     ends = "; ".join(_end_of(run_folder, n) for n in range(max(1, attempt - _STARTS + 1), attempt + 1))
     raise UserError(
         f"{run_folder}: the last {count} starts ended without a checkpoint after step {step}: {ends}. "
-        f"Mend the cause (or save more often: checkpoint.every), rm {run_folder / exit_record.FILE_NAME}, start",
+        f"Mend the cause (or save more often: checkpoint.every), rm {run_folder / exit_record.FILE_NAME}",
         EXIT_NO_PROGRESS,
     )
 
