@@ -25,6 +25,7 @@ def check(config: RunConfig) -> RunConfig:
     _check_model(config.model)
     _check_train(config.train)
     _check_optim(config.optim)
+    _check_schedule(config)
     _check_data(config.data)
     _check_fixed(config)
     _check_compression(config.parallel)
@@ -46,6 +47,8 @@ _NOT_NEGATIVE = (
     "data.shuffle_mb",
     "model.mlp_width",
     "train.stop_margin_s",
+    "train.spike_sigmas",
+    "train.digest_every",
     "optim.weight_decay",
     "parallel.fusion_mb",
     "parallel.cycle_ms",
@@ -138,6 +141,7 @@ def _check_train(train: TrainConfig) -> None:
     )
     _require(train.steps >= 1, f"train.steps {train.steps} must be at least 1")
     _require(train.tokens >= 0, f"train.tokens {train.tokens} must be 0 (use train.steps) or more")
+    _require(train.max_skipped >= 1, f"train.max_skipped {train.max_skipped} must be at least 1")
     _require(0 <= train.seed < 2**63, f"train.seed {train.seed} must lie in [0, 2^63)")
 
 
@@ -177,6 +181,28 @@ def _check_optim(optim: OptimConfig) -> None:
     _require(
         optim.clip >= 0 and optim.warmup_steps >= 0, "optim.clip and optim.warmup_steps must not be negative"
     )
+
+
+def _check_schedule(config: RunConfig) -> None:
+    optim, validation = config.optim, config.eval
+    _require(
+        0 <= optim.decay_fraction <= 1, f"optim.decay_fraction {optim.decay_fraction} must lie in [0, 1]"
+    )
+    for key, value in (("factor", optim.plateau_factor), ("threshold", optim.plateau_threshold)):
+        _require(0 < value < 1, f"optim.plateau_{key} {value} must lie between 0 and 1")
+    _require(
+        optim.plateau_patience >= 1, f"optim.plateau_patience {optim.plateau_patience} must be at least 1"
+    )
+    if optim.schedule == "plateau":
+        _require(
+            validation.every > 0 and validation.batches > 0,
+            f"optim.schedule plateau goes by the validation loss, but eval.every is {validation.every} and "
+            f"eval.batches {validation.batches}; make both above 0, or choose another schedule",
+        )
+        _require(
+            optim.min_lr > 0,
+            "optim.schedule plateau ends at optim.min_lr, which is 0 and never reached; raise it",
+        )
 
 
 def _require(holds: bool, message: str) -> None:

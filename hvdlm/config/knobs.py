@@ -89,6 +89,12 @@ class TrainConfig:
     """Compute precision; bf16 and fp16 are autocast over fp32 master weights, fp16 with a scaled loss."""
     stop_margin_s: int = 120
     """Seconds before the Slurm job's end at which a run saves and stops by itself."""
+    max_skipped: int = 10
+    """So many steps in a row that update nothing (not finite, or a loss spike) end the run."""
+    spike_sigmas: float = 6.0
+    """A loss so many standard deviations above the mean of the last 128 updates nothing; 0 = no limit."""
+    digest_every: int = 1000
+    """Steps between comparisons of the ranks' parameters, besides each checkpoint; 0 = none at all."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; 'auto' takes the GPU of this local rank where there is one."""
 
@@ -100,7 +106,7 @@ class OptimConfig:
     lr: float = 6e-4
     """Peak learning rate."""
     min_lr: float = 6e-5
-    """Learning rate at the end of the schedule."""
+    """Learning rate at the end of the schedule, and its floor after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's moment decay rates."""
     eps: float = 1e-8
@@ -113,8 +119,16 @@ class OptimConfig:
     """Largest global gradient norm; 0 = no clipping."""
     warmup_steps: int = 100
     """Steps of linear warm-up from 0 to lr."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up."""
+    schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "plateau", "constant"] = "cosine"
+    """Learning rate after the warm-up; 'plateau' goes by the validation loss, and may end the run early."""
+    decay_fraction: float = 0.2
+    """Part of the steps, at their end, in which 'wsd' decays to min_lr."""
+    plateau_factor: float = 0.5
+    """What 'plateau' multiplies the learning rate by."""
+    plateau_patience: int = 5
+    """Validations without improvement until 'plateau' cuts the rate; at min_lr, until the run ends."""
+    plateau_threshold: float = 0.001
+    """Smallest relative fall of the validation loss that 'plateau' takes for an improvement."""
 
 
 @dataclass(frozen=True)

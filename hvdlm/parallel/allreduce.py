@@ -73,7 +73,7 @@ class AllReduce(Strategy):
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients))
         with self._optimizer.skip_synchronize():
-            norm, skipped = self._update.apply_(gradients, norm, lr, allowed=loss <= loss_limit)
+            norm, skipped = self._update.apply_(gradients, norm, lr, allowed=loss < loss_limit)
         # Plain: the wrapped optimizer's zero_grad takes no argument.
         self._optimizer.zero_grad()
         return StepStats(loss, batch.label_count, norm, skipped, agreed)

@@ -74,7 +74,7 @@ class Buckets(Strategy):
         wire.finish_sums(pending, wire=self._wire, world=self._world, name="buckets")
         gradients = [bucket.gradients for bucket in self._buckets]
         norm = float(nn.utils.get_total_norm(gradients))
-        norm, skipped = self._update.apply_(gradients, norm, lr, allowed=loss <= loss_limit)
+        norm, skipped = self._update.apply_(gradients, norm, lr, allowed=loss < loss_limit)
         torch._foreach_zero_(gradients)
         return StepStats(loss, batch.label_count, norm, skipped, agreed)
 

@@ -76,7 +76,7 @@ class Ddp(Strategy):
         loss, agreed = agree(self._world, self._backward(batch), wish())
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients))
-        norm, skipped = self._update.apply_(gradients, norm, lr, allowed=loss <= loss_limit)
+        norm, skipped = self._update.apply_(gradients, norm, lr, allowed=loss < loss_limit)
         torch._foreach_zero_(gradients)
         return StepStats(loss, batch.label_count, norm, skipped, agreed)
 

@@ -90,7 +90,7 @@ class Fixed(Strategy):
         self._gradients_go_to_(self._sums[0])
         leaves = [(slot, slot + 1) for slot in range(self._slots)]
         loss = tree_sum(statistics[: self._slots].tolist(), leaves, self._slots)
-        norm, skipped = self._update.apply_([self._sums[0]], self._norm(), lr, allowed=loss <= loss_limit)
+        norm, skipped = self._update.apply_([self._sums[0]], self._norm(), lr, allowed=loss < loss_limit)
         agreed = Wish(*(statistics[self._slots :] > 0).tolist())
         return StepStats(loss, batch.label_count, norm, skipped, agreed)
 

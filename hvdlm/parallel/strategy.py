@@ -114,7 +114,7 @@ class Strategy(ABC):
             lr: learning rate of this step.
             wish: what this rank asks for; called when the gradients are under way, so that a wish in
                 the middle of a step counts for it, and all-reduced with the statistics.
-            loss_limit: a mean loss above it updates nothing; equal on all ranks.
+            loss_limit: only a mean loss below it updates anything; equal on all ranks.
 
         Collective: yes.
         """

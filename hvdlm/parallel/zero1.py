@@ -76,7 +76,7 @@ class Zero1(Strategy):
         squares = sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradients)
         sums = torch.tensor([own_loss, squares, *wishes], dtype=torch.float64)
         loss, squares, *flags = self._world.sum_(sums, name="step.statistics").tolist()
-        norm, skipped = self._update.apply_(gradients, math.sqrt(squares), lr, allowed=loss <= loss_limit)
+        norm, skipped = self._update.apply_(gradients, math.sqrt(squares), lr, allowed=loss < loss_limit)
         if not skipped:
             self._gather_()
         torch._foreach_zero_([bucket.gradients for bucket in self._buckets])

@@ -23,7 +23,7 @@ def write(run_folder: Path, state: str, **fields: Any) -> None:
 
     Args:
         run_folder: where it lies.
-        state: running, done, stopped or failed.
+        state: running, done, stopped, failed or no_progress.
         fields: attempt, step, exit_code, reason and the like.
     """
     record = {"state": state, **fields, "time_unix": round(time.time(), 3)}
@@ -47,6 +47,9 @@ def write_failure(run_folder: Path, *, attempt: int, rank: int, exit_code: int, 
     """
     record = {"attempt": attempt, "rank": rank, "host": socket.gethostname(), "exit_code": exit_code}
     record["error"] = error
+    # Where it began, for the next start to see whether anything came of it.
+    begun = read(run_folder)
+    record |= {key: begun[key] for key in ("step", "starts_without_progress") if key in begun}
     folder = run_folder / "failed"
     folder.mkdir(exist_ok=True)
     fd = os.open(folder / f"{attempt}.{rank}.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -58,6 +61,12 @@ def write_failure(run_folder: Path, *, attempt: int, rank: int, exit_code: int, 
         return False
     write(run_folder, "failed", **record)
     return True
+
+
+def last_attempt(run_folder: Path) -> int:
+    """The highest number of an attempt that ended, or began, by these files; 0 where there is none."""
+    failed = [int(path.name.partition(".")[0]) for path in (run_folder / "failed").glob("[0-9]*.*.json")]
+    return max([read(run_folder).get("attempt", 0), *failed])
 
 
 def failures(run_folder: Path, attempt: int) -> list[Path]:

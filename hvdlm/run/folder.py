@@ -12,6 +12,8 @@ from hvdlm.config import RunConfig, UserError
 from hvdlm.config.parse import keys
 from hvdlm.run import exit_record, ledger, restore
 from hvdlm.run.checkpoint import Best, step_folder
+from hvdlm.run.course import Course
+from hvdlm.run.no_progress import starts_without_progress
 from hvdlm.run.stages import Stage, StageSource, go_on, saved_stages
 
 CHECKPOINTS = "checkpoints"
@@ -27,6 +29,9 @@ _FREE_KEYS = {
     "train.micro_batch",
     "train.out",
     "train.device",
+    "train.max_skipped",
+    "train.spike_sigmas",
+    "train.digest_every",
     "train.stop_margin_s",
     "data.path",
     "data.max_epochs",
@@ -48,11 +53,12 @@ class Start:
         step: completed steps in it.
         notes: lines for the user.
         stages: what it draws from, and drew from before.
-        skipped_in_a_row: steps before this one that updated nothing.
+        course: what else the run carries from step to step.
         best: the checkpoints with the smallest validation loss that are still there.
         parent: the PATH of checkpoint.resume that the run began from, or ''.
         verified: the blocks that earlier attempts found intact, as [[first, end), ...], of each data
             set by its fingerprint.
+        starts_without_progress: how many starts before this one, in a row, left no newer checkpoint.
     """
 
     attempt: int
@@ -60,10 +66,11 @@ class Start:
     step: int
     notes: list[str]
     stages: tuple[Stage, ...]
-    skipped_in_a_row: int = 0
+    course: Course = field(default_factory=Course)
     best: Best = field(default_factory=list)
     parent: str = ""
     verified: dict[str, list[list[int]]] = field(default_factory=dict)
+    starts_without_progress: int = 0
 
     def to_json(self) -> str:
         """For telling other ranks."""
@@ -74,7 +81,7 @@ class Start:
         """What `to_json` returned."""
         record = json.loads(text)
         stages = tuple(Stage.from_record(stage) for stage in record["stages"])
-        return Start(**record | {"stages": stages})
+        return Start(**record | {"stages": stages, "course": Course.from_record(record["course"])})
 
 
 def open_run(
@@ -99,10 +106,11 @@ def open_run(
 
     Raises:
         UserError: the folder is used and must not be, the checkpoint is damaged, or the
-            configuration or the data differ in what must stay.
+            configuration or the data differ in what must stay; with exit code 93, three starts in a row
+            left no newer checkpoint.
     """
     checkpoints = run_folder / CHECKPOINTS
-    attempt = max(ledger.attempts(run_folder), exit_record.read(run_folder).get("attempt", 0)) + 1
+    attempt = max(ledger.attempts(run_folder), exit_record.last_attempt(run_folder)) + 1
     if resume == "never" and (attempt > 1 or restore.folders(checkpoints)):
         raise UserError(
             f"{run_folder}: checkpoint.resume=never, but the folder holds a run; choose another train.out "
@@ -110,10 +118,12 @@ def open_run(
         )
     folder, notes = _choose(checkpoints, resume)
     if folder is None:
-        return Start(attempt, "", 0, notes, (Stage(0, sources),))
+        fruitless = starts_without_progress(run_folder, 0)
+        return Start(attempt, "", 0, notes, (Stage(0, sources),), starts_without_progress=fruitless)
     saved = restore.reopen(folder)
     notes += _compare(folder, saved.state, config, tokenizer)
     stages = _stages(saved, sources, config, notes)
+    course = Course.from_record(saved.state)
     best = [one for one in saved.state.get("best", []) if step_folder(checkpoints, one["step"]).exists()]
     is_own = folder.parent == checkpoints
     return Start(
@@ -122,10 +132,11 @@ def open_run(
         saved.step,
         notes,
         stages,
-        skipped_in_a_row=saved.state.get("skipped_in_a_row", 0),
+        course=course.on_other_data() if stages[-1].first_sample == saved.state["samples"] else course,
         best=best,
         parent=saved.state.get("parent", "") if is_own else str(Path(resume).resolve()),
         verified=_verified(saved.state, sources),
+        starts_without_progress=starts_without_progress(run_folder, saved.step),
     )
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from hvdlm.config import UserError
 from hvdlm.parallel.strategy import StepStats
 from hvdlm.run.ledger import end_last_line
+from hvdlm.run.spikes import is_spike
 
 FILE_NAME = "metrics.jsonl"
 
@@ -85,8 +86,8 @@ class Metrics:
             total=self._steps, initial=done_steps, unit="step", disable=not sys.stderr.isatty(), leave=False
         )
 
-    def train(self, step: int, stats: StepStats, lr: float, *, show: bool) -> None:
-        """Write a step's row, and its line when `show` is set."""
+    def train(self, step: int, stats: StepStats, lr: float, *, show: bool, more: dict[str, Any]) -> None:
+        """Write a step's row with `more` fields, and its line when `show` is set or nothing was updated."""
         self._steps_since += 1
         seconds = time.perf_counter() - self._since
         tokens_per_s = self._steps_since * self._tokens_per_step / seconds
@@ -101,11 +102,12 @@ class Metrics:
             "attempt": self._attempt,
         }
         if stats.skipped:
-            row["skipped"] = True
-        self._write(row)
+            row |= {"skipped": True} | ({"spike": True} if is_spike(stats) else {})
+        self._write(row | more)
         self._bar.update(1)
-        if show:
+        if show or stats.skipped:
             self.say(self._line(step, stats, lr, tokens_per_s))
+        if show:
             self.restart_clock()
 
     def evaluation(self, step: int, val_loss: float) -> None:
@@ -160,7 +162,8 @@ class Metrics:
             parts.append(f"MFU {tokens_per_s * self._flops_per_token / self._peak_flops:.1%}")
         parts.append(f"{_memory_gib():.1f} GiB")
         parts.append(f"ETA {_duration((self._steps - step) * self._tokens_per_step / tokens_per_s)}")
-        return "  ".join(parts) + ("  SKIPPED: gradient not finite" if stats.skipped else "")
+        why = "loss spike" if is_spike(stats) else "gradient not finite"
+        return "  ".join(parts) + (f"  SKIPPED: {why}" if stats.skipped else "")
 
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -168,7 +171,7 @@ class Metrics:
         if self._board is None:
             return
         for key, value in row.items():
-            if key not in ("kind", "step", "attempt", "skipped") and value is not None:
+            if key not in ("kind", "step", "attempt", "skipped", "spike") and value is not None:
                 self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
 
 

@@ -95,7 +95,7 @@ def _run(config: RunConfig, run_folder: Path, ranks: World, *, job_end_unix: flo
     attempt = 0
     try:
         agreed = agree_on_start(config, run_folder, ranks, job_end_unix=job_end_unix)
-        if agreed.start.step >= total_steps(config):
+        if agreed.start.step >= total_steps(config) or agreed.start.course.plateau.finished:
             exit_code = _say_finished(run_folder, agreed.start, ranks)
             agreed.close()
         else:
@@ -113,10 +113,15 @@ def _run(config: RunConfig, run_folder: Path, ranks: World, *, job_end_unix: flo
 
 def _say_finished(run_folder: Path, start: Start, ranks: World) -> int:
     if ranks.is_root:
-        steps = start.step
-        print(f"{run_folder}: finished, all {steps} steps are done; raise train.steps to go on", flush=True)
+        steps, early = start.step, start.course.plateau.finished
+        how = f"all {steps} steps are done; raise train.steps to go on"
+        if early:
+            how = f"after step {steps} the validation loss stood still at optim.min_lr (schedule plateau)"
+        print(f"{run_folder}: finished, {how}", flush=True)
         # The last start may have died between its last checkpoint and its last word.
-        exit_record.write(run_folder, "done", attempt=start.attempt - 1, step=steps, exit_code=EXIT_DONE)
+        reason = "plateau" if early else "all steps"
+        last = start.attempt - 1
+        exit_record.write(run_folder, "done", attempt=last, step=steps, exit_code=EXIT_DONE, reason=reason)
     return EXIT_DONE
 
 

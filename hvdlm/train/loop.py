@@ -7,16 +7,18 @@ from dataclasses import asdict
 import torch
 
 from hvdlm import __version__
-from hvdlm.comm.world import AgreedError
-from hvdlm.config import EXIT_CRASH, EXIT_DONE, EXIT_REQUEUE, UserError
+from hvdlm.config import EXIT_DONE, EXIT_REQUEUE, UserError
 from hvdlm.config.parse import keys
-from hvdlm.data.loader import evaluation_batches
+from hvdlm.data.loader import StepBatch, evaluation_batches
+from hvdlm.parallel.strategy import StepStats
 from hvdlm.run import checkpoint, exit_record, folder, stop
+from hvdlm.run.course import Course
 from hvdlm.run.evaluation import mean_loss
 from hvdlm.run.schedule import learning_rate
+from hvdlm.run.spikes import loss_limit
+from hvdlm.train.guards import check_same_parameters, check_skipped
+from hvdlm.train.pulse import Pulse
 from hvdlm.train.session import Session, batch_plan
-
-_MAX_SKIPPED_IN_A_ROW = 10
 
 
 def train(s: Session) -> int:
@@ -26,53 +28,57 @@ def train(s: Session) -> int:
         EXIT_DONE, or EXIT_REQUEUE with a committed checkpoint.
 
     Raises:
-        AgreedError: the loss is no number any more, or a checkpoint cannot be written.
+        AgreedError: steps update nothing any more, the ranks hold different parameters, or a checkpoint
+            cannot be written.
         UserError: this rank's data is damaged.
 
     Collective: yes.
     """
     if s.agreed.start.step == 0:
         _validate(s, 0)
-    skipped_in_a_row, best = s.agreed.start.skipped_in_a_row, s.agreed.start.best
+    course, best, pulse = s.agreed.start.course, s.agreed.start.best, Pulse(s.ranks, s.wish)
     for batch in s.loader.steps(s.agreed.start.step):
-        lr = learning_rate(batch.step, s.config.optim, s.steps)
-        stats = s.strategy.step(batch, lr, wish=s.wish)
-        done = batch.step == s.steps
-        if s.reports:
-            s.reports.ledger.add(batch, world_size=s.ranks.size)
-            s.reports.metrics.train(batch.step, stats, lr, show=done or _due(batch.step, s.config.log.every))
-        if not stats.wish.writing:
+        lr = learning_rate(batch.step, s.config.optim, s.steps, scale=course.plateau.scale)
+        limit = loss_limit(course.losses, s.config.train.spike_sigmas)
+        stats = s.strategy.step(batch, lr, wish=pulse.begin_step(len(batch.slots)), loss_limit=limit)
+        course, done = course.after(stats), batch.step == s.steps
+        _report(s, batch, stats, lr, pulse=pulse)
+        if stats.skipped or not stats.wish.writing:
             _commit(s)
-        skipped_in_a_row = skipped_in_a_row + 1 if stats.skipped else 0
-        _check(s, batch.step, skipped_in_a_row, last=done)
+        check_skipped(stats, course, s.config.train, step=batch.step, last=done, run_folder=s.run_folder)
+        if problem := s.checks.problem():
+            raise UserError(problem)
         val_loss = _validate(s, batch.step) if done or _due(batch.step, s.config.eval.every) else None
-        leaving = done or stats.wish.stop
-        if leaving or stats.wish.save or _due(batch.step, s.config.checkpoint.every):
+        if _due(batch.step, s.config.eval.every):
+            course = course.validated(batch.step, val_loss, s.config.optim)
+        done = done or course.plateau.finished
+        leaves = done or stats.wish.stop
+        saves = leaves or stats.wish.save or _due(batch.step, s.config.checkpoint.every)
+        if s.config.train.digest_every and (saves or _due(batch.step, s.config.train.digest_every)):
+            check_same_parameters(s.strategy, s.ranks, step=batch.step)
+        if saves:
             best = checkpoint.rank_best(best, batch.step, val_loss, count=s.config.checkpoint.keep_best)
-            waits = leaving or not s.config.checkpoint.asynchronous
-            _save(s, batch.step, skipped_in_a_row=skipped_in_a_row, best=best, asked=waits or stats.wish.save)
-            if waits:
-                _commit(s)
-        if leaving:
-            return _finish(s, batch.step, EXIT_DONE if done else EXIT_REQUEUE)
+            _save(s, batch.step, course=course, best=best, asked=leaves or stats.wish.save)
+        if leaves:
+            _commit(s)
+            return _finish(s, batch.step, EXIT_DONE if done else EXIT_REQUEUE, course=course)
     raise AssertionError("the loader is endless")
+
+
+def _report(s: Session, batch: StepBatch, stats: StepStats, lr: float, *, pulse: Pulse) -> None:
+    """The step's rows; at a log line also what the ranks tell of themselves."""
+    show = batch.step == s.steps or _due(batch.step, s.config.log.every)
+    more = pulse.beat() if show else {}
+    if not s.reports:
+        return
+    s.reports.ledger.add(batch, world_size=s.ranks.size)
+    s.reports.metrics.train(batch.step, stats, lr, show=show, more=more)
+    for line in pulse.warnings if show else []:
+        s.reports.metrics.say(line)
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _check(s: Session, step: int, skipped_in_a_row: int, *, last: bool) -> None:
-    """Stop before more harm is done, or calling it done."""
-    if skipped_in_a_row >= (1 if last else _MAX_SKIPPED_IN_A_ROW):
-        _commit(s)
-        raise AgreedError(
-            f"step {step}: loss or gradient not finite {skipped_in_a_row} time(s) in a row; lower optim.lr "
-            f"or lengthen optim.warmup_steps, and begin anew or from a checkpoint in {s.run_folder}",
-            EXIT_CRASH,
-        )
-    if problem := s.checks.problem():
-        raise UserError(problem)
 
 
 def _validate(s: Session, step: int) -> float | None:
@@ -92,14 +98,14 @@ def _validate(s: Session, step: int) -> float | None:
     return loss
 
 
-def _save(s: Session, step: int, *, skipped_in_a_row: int, best: checkpoint.Best, asked: bool) -> None:
+def _save(s: Session, step: int, *, course: Course, best: checkpoint.Best, asked: bool) -> None:
     """Begin a save; one that is still in flight is waited for."""
     _commit(s)
     state = {
         "step": step,
         "samples": step * s.config.train.global_batch,
         "tokens": step * s.config.train.global_batch * s.config.data.seq_len,
-        "skipped_in_a_row": skipped_in_a_row,
+        **course.to_record(),
         "best": best,
         "parent": s.agreed.start.parent,
         "attempt": s.agreed.start.attempt,
@@ -112,6 +118,8 @@ def _save(s: Session, step: int, *, skipped_in_a_row: int, best: checkpoint.Best
         "versions": {"hvdlm": __version__, "torch": torch.__version__},
     }
     s.saver.begin(s.strategy.pieces(), state, asked=asked, before=s.check_lease)
+    if not s.config.checkpoint.asynchronous:
+        _commit(s)
     if s.reports:
         s.reports.metrics.restart_clock()
 
@@ -126,7 +134,7 @@ def _commit(s: Session) -> None:
             s.reports.metrics.say(f"saved after step {saved.step} (file {s.run_folder / stop.SAVE_FILE})")
 
 
-def _finish(s: Session, step: int, exit_code: int) -> int:
+def _finish(s: Session, step: int, exit_code: int, *, course: Course) -> int:
     """Say how it ended, to the user and in exit.json."""
     reasons = [r for r in s.ranks.gather_json(s.watch.reason, name="finish.reasons") if r]
     if s.reports:
@@ -144,9 +152,18 @@ def _finish(s: Session, step: int, exit_code: int) -> int:
             reason=reasons[0],
         )
     elif s.reports:
-        s.reports.metrics.say(f"done: {step} steps; next: python -m hvdlm.evaluate {s.run_folder}")
+        skipped = f", {course.skipped} of them updated nothing" if course.skipped else ""
+        why = "; plateau: at optim.min_lr the validation loss stood still" if course.plateau.finished else ""
+        s.reports.metrics.say(
+            f"done: {step} steps{skipped}{why}; next: python -m hvdlm.evaluate {s.run_folder}"
+        )
         exit_record.write(
-            s.run_folder, "done", attempt=s.agreed.start.attempt, step=step, exit_code=exit_code
+            s.run_folder,
+            "done",
+            attempt=s.agreed.start.attempt,
+            step=step,
+            exit_code=exit_code,
+            reason="plateau" if course.plateau.finished else "all steps",
         )
     s.close()
     return exit_code

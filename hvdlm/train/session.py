@@ -164,7 +164,11 @@ def batch_plan(config: RunConfig) -> BatchPlan:
 def _mark_running(run_folder: Path, agreed: Agreed) -> None:
     for name, content in agreed.carried.items():
         write_atomic(run_folder / name, content)
-    exit_record.write(run_folder, "running", attempt=agreed.start.attempt, step=agreed.start.step)
+    start = agreed.start
+    fruitless = start.starts_without_progress
+    exit_record.write(
+        run_folder, "running", attempt=start.attempt, step=start.step, starts_without_progress=fruitless
+    )
 
 
 def _stage(
