@@ -34,9 +34,10 @@ def train(s: Session) -> int:
     if s.agreed.start.step == 0:
         _validate(s, 0)
     skipped_in_a_row, best = s.agreed.start.skipped_in_a_row, s.agreed.start.best
-    for batch in s.loader.steps(s.agreed.start.step):
+    for batch in s.profile.steps(s.loader.steps(s.agreed.start.step)):
         lr = learning_rate(batch.step, s.config.optim, s.steps)
-        stats = s.strategy.step(batch, lr, wish=s.wish)
+        with s.profile.phase("step"):
+            stats = s.strategy.step(batch, lr, wish=s.wish)
         done = batch.step == s.steps
         if s.reports:
             s.reports.ledger.add(batch, world_size=s.ranks.size)
@@ -46,7 +47,8 @@ def train(s: Session) -> int:
         val_loss = _validate(s, batch.step) if done or _due(batch.step, s.config.eval.every) else None
         if done or any(stats.wish) or _due(batch.step, s.config.checkpoint.every):
             best = checkpoint.rank_best(best, batch.step, val_loss, count=s.config.checkpoint.keep_best)
-            _save(s, batch.step, skipped_in_a_row=skipped_in_a_row, best=best)
+            with s.profile.phase("save"):
+                _save(s, batch.step, skipped_in_a_row=skipped_in_a_row, best=best)
         if done or stats.wish.stop:
             return _finish(s, batch.step, EXIT_DONE if done else EXIT_REQUEUE)
     raise AssertionError("the loader is endless")
@@ -78,7 +80,8 @@ def _validate(s: Session, step: int) -> float | None:
         share=(s.ranks.rank, s.ranks.size),
         limit_batches=s.config.eval.batches,
     )
-    loss, _ = mean_loss(s.strategy.loss, samples, s.ranks)
+    with s.profile.phase("validate"):
+        loss, _ = mean_loss(s.strategy.loss, samples, s.ranks)
     if s.reports:
         s.reports.metrics.evaluation(step, loss)
         s.reports.metrics.restart_clock()

@@ -24,6 +24,7 @@ from hvdlm.run import checkpoint, exit_record, restore, stop
 from hvdlm.run.folder import CHECKPOINTS, Start
 from hvdlm.run.ledger import Ledger
 from hvdlm.run.metrics import Metrics
+from hvdlm.run.profile import Profile
 from hvdlm.train.agree import Agreed
 from hvdlm.train.checks import BlockChecks, begin_checks
 from hvdlm.train.headline import headline, sizes
@@ -52,6 +53,7 @@ class Session:
     strategy: Strategy
     watch: stop.StopWatch
     checks: BlockChecks
+    profile: Profile
     reports: Reports | None
 
     def wish(self) -> Wish:
@@ -69,6 +71,7 @@ class Session:
 
     def close(self) -> None:
         """End the threads and close the files."""
+        self.profile.close()
         self.loader.close()
         self.checks.close()
         if self.reports:
@@ -110,6 +113,8 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
         strategy.load(restore.reopen(Path(start.checkpoint)).read)
     if not ranks.same(strategy.digest(), name="session.digest"):
         raise RuntimeError("the ranks hold different parameters after loading")
+    profile = Profile(run_folder, steps=config.log.profile, attempt=start.attempt, rank=ranks.rank)
+    notes += profile.notes(start.step, total_steps(config))
     reports = None
     if ranks.is_root:
         reports = _open_reports(config, run_folder, start, ranks=ranks, model=model)
@@ -127,6 +132,7 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
         strategy=strategy,
         watch=watch,
         checks=checks,
+        profile=profile,
         reports=reports,
     )
 
