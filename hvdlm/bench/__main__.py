@@ -6,10 +6,10 @@ import argparse
 import json
 import sys
 
-from hvdlm.bench import loader, preprocess, step
+from hvdlm.bench import allreduce, loader, preprocess, step
 from hvdlm.config import EXIT_DONE, run_command
 
-BENCHMARKS = {"loader": loader, "preprocess": preprocess, "step": step}
+BENCHMARKS = {"allreduce": allreduce, "loader": loader, "preprocess": preprocess, "step": step}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
         module.add_arguments(one)
     args = parser.parse_args(argv)
     result = BENCHMARKS[args.name].measure(args)
-    print(json.dumps(result) if args.json else BENCHMARKS[args.name].table(result), flush=True)
+    if result:
+        # Of several ranks only the first has one.
+        print(json.dumps(result) if args.json else BENCHMARKS[args.name].table(result), flush=True)
     return EXIT_DONE
 
 
