@@ -6,10 +6,16 @@ import argparse
 import json
 import sys
 
-from hvdlm.bench import loader, preprocess, save, step
+from hvdlm.bench import allreduce, loader, preprocess, save, step
 from hvdlm.config import EXIT_DONE, run_command
 
-BENCHMARKS = {"loader": loader, "preprocess": preprocess, "save": save, "step": step}
+BENCHMARKS = {
+    "allreduce": allreduce,
+    "loader": loader,
+    "preprocess": preprocess,
+    "save": save,
+    "step": step,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -72,7 +72,13 @@ def needs_meeting(launch: Launch, env: Mapping[str, str]) -> bool:
 
 
 def process_settings(
-    launch: Launch, parallel: ParallelConfig, *, env: Mapping[str, str], cores: int, gpus: int
+    launch: Launch,
+    parallel: ParallelConfig,
+    *,
+    env: Mapping[str, str],
+    cores: int,
+    gpus: int,
+    timeline: bool = False,
 ) -> dict[str, str]:
     """Environment variables to set before MPI and Horovod start, where the user has not.
 
@@ -82,6 +88,7 @@ def process_settings(
         env: the environment as it is; a variable in it is left alone.
         cores: CPU cores this process may run on.
         gpus: GPUs it can see.
+        timeline: whether `World.start_timeline` will be called.
 
     Returns:
         Variables that `env` lacks, with their values.
@@ -102,6 +109,9 @@ def process_settings(
     if launch.kind == "single":
         # With size 1 and the Gloo controller Horovod opens no socket and never calls MPI_Init.
         wanted |= {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}
+    if timeline:
+        # Horovod refuses to start one later where this was not set.
+        wanted["HOROVOD_TIMELINE"] = "DYNAMIC"
     if launch.kind == "gloo":
         # It bounds start-up skew as well: rank 0 may be sharding the demo corpus.
         wanted["HOROVOD_GLOO_TIMEOUT_SECONDS"] = "300"

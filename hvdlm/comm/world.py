@@ -94,6 +94,7 @@ class World:
         self.local_rank = launch.local_rank
         self.local_size = launch.local_size
         self.kind = launch.kind
+        self._has_timeline = False
 
     @property
     def is_root(self) -> bool:
@@ -165,8 +166,24 @@ class World:
         """Wait until every rank is here."""
         self.sum_(torch.zeros(1), name=name)
 
+    def start_timeline(self, path: Path) -> None:
+        """Have Horovod write what it sends, and when, until `close`; with one process it sends nothing.
+
+        Args:
+            path: rank 0 writes it, as a JSON array of trace events.
+
+        Raises:
+            ValueError: `process_settings` was not told of it.
+        """
+        if self.size > 1:
+            hvd.start_timeline(str(path))
+            self._has_timeline = True
+
     def close(self) -> None:
         """Leave in order: Horovod first, MPI after it."""
+        if self._has_timeline:
+            # Shutting down alone loses the last events.
+            hvd.stop_timeline()
         hvd.shutdown()
         if self.kind == "mpi":
             from mpi4py import MPI

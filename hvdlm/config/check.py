@@ -45,6 +45,7 @@ _NOT_NEGATIVE = (
     "checkpoint.keep_best",
     "data.prefetch",
     "data.shuffle_mb",
+    "log.profile",
     "model.mlp_width",
     "train.stop_margin_s",
     "train.spike_sigmas",

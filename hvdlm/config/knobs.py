@@ -177,6 +177,10 @@ class LogConfig:
     """Steps between log lines."""
     tensorboard: bool = False
     """Also write TensorBoard events to RUN/tensorboard (needs hvdlm[tensorboard])."""
+    profile: int = 0
+    """Profile so many steps, from the third after the start, into RUN/profile (Chrome, Perfetto); 0 = off."""
+    timeline: bool = False
+    """Write Horovod's timeline to RUN/timeline-ATTEMPT.json (Chrome, Perfetto)."""
 
 
 @dataclass(frozen=True)

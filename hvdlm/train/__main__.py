@@ -31,6 +31,7 @@ from hvdlm.parallel.choice import FILE, choose
 from hvdlm.run import crash, exit_record
 from hvdlm.run.folder import Start
 from hvdlm.train.agree import agree_on_start
+from hvdlm.train.headline import timeline_path
 from hvdlm.train.loop import train
 from hvdlm.train.session import open_session
 
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         env=os.environ,
         cores=len(os.sched_getaffinity(0)),
         gpus=torch.cuda.device_count(),
+        timeline=config.log.timeline,
     )
     run_folder = Path(f"data/runs/{recipe}" if config.train.out == "auto" else config.train.out)
     # Before MPI starts, as it takes a process.
@@ -101,6 +103,8 @@ def _run(config: RunConfig, run_folder: Path, ranks: World, *, job_end_unix: flo
         else:
             attempt = agreed.start.attempt
             crash.end_job_on_thread_errors(ranks, run_folder, attempt)
+            if config.log.timeline:
+                ranks.start_timeline(timeline_path(run_folder, attempt))
             exit_code = train(open_session(config, run_folder, ranks, agreed))
         ranks.close()
         return exit_code

@@ -27,7 +27,19 @@ def headline(
         f"strategy {config.parallel.strategy}",
         f"run folder {run_folder}, attempt {start.attempt}, {begin}",
         *start.notes,
+        *(_about_timeline(timeline_path(run_folder, start.attempt), ranks) if config.log.timeline else []),
     ]
+
+
+def timeline_path(run_folder: Path, attempt: int) -> Path:
+    """Where Horovod's timeline of an attempt lies."""
+    return run_folder / f"timeline-{attempt}.json"
+
+
+def _about_timeline(path: Path, ranks: World) -> list[str]:
+    if ranks.size == 1:
+        return ["warning: log.timeline: one process sends nothing, so Horovod's timeline is not written"]
+    return [f"Horovod's timeline: {path}; open it in https://ui.perfetto.dev"]
 
 
 def sizes(

@@ -37,10 +37,11 @@ def train(s: Session) -> int:
     if s.agreed.start.step == 0:
         _validate(s, 0)
     course, best, pulse = s.agreed.start.course, s.agreed.start.best, Pulse(s.ranks, s.wish)
-    for batch in s.loader.steps(s.agreed.start.step):
+    for batch in s.profile.steps(s.loader.steps(s.agreed.start.step)):
         lr = learning_rate(batch.step, s.config.optim, s.steps, scale=course.plateau.scale)
         limit = loss_limit(course.losses, s.config.train.spike_sigmas)
-        stats = s.strategy.step(batch, lr, wish=pulse.begin_step(len(batch.slots)), loss_limit=limit)
+        with s.profile.phase("step"):
+            stats = s.strategy.step(batch, lr, wish=pulse.begin_step(len(batch.slots)), loss_limit=limit)
         course, done = course.after(stats), batch.step == s.steps
         _report(s, batch, stats, lr, pulse=pulse)
         if stats.skipped or not stats.wish.writing:
@@ -58,7 +59,8 @@ def train(s: Session) -> int:
             check_same_parameters(s.strategy, s.ranks, step=batch.step)
         if saves:
             best = checkpoint.rank_best(best, batch.step, val_loss, count=s.config.checkpoint.keep_best)
-            _save(s, batch.step, course=course, best=best, asked=leaves or stats.wish.save)
+            with s.profile.phase("save"):
+                _save(s, batch.step, course=course, best=best, asked=leaves or stats.wish.save)
         if leaves:
             _commit(s)
             return _finish(s, batch.step, EXIT_DONE if done else EXIT_REQUEUE, course=course)
@@ -91,7 +93,8 @@ def _validate(s: Session, step: int) -> float | None:
         share=(s.ranks.rank, s.ranks.size),
         limit_batches=s.config.eval.batches,
     )
-    loss, _ = mean_loss(s.strategy.loss, samples, s.ranks)
+    with s.profile.phase("validate"):
+        loss, _ = mean_loss(s.strategy.loss, samples, s.ranks)
     if s.reports:
         s.reports.metrics.evaluation(step, loss)
         s.reports.metrics.restart_clock()

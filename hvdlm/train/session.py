@@ -24,6 +24,7 @@ from hvdlm.run import checkpoint, exit_record, ledger, restore, stop
 from hvdlm.run.folder import CHECKPOINTS, Start
 from hvdlm.run.ledger import Ledger
 from hvdlm.run.metrics import Metrics
+from hvdlm.run.profile import Profile
 from hvdlm.run.saver import Saver
 from hvdlm.train.agree import Agreed
 from hvdlm.train.checks import BlockChecks, begin_checks
@@ -54,6 +55,7 @@ class Session:
     watch: stop.StopWatch
     checks: BlockChecks
     saver: Saver
+    profile: Profile
     reports: Reports | None
 
     def wish(self) -> Wish:
@@ -85,6 +87,7 @@ class Session:
 
     def close(self) -> None:
         """End the threads and close the files."""
+        self.profile.close()
         self.loader.close()
         self.checks.close()
         if self.reports:
@@ -126,6 +129,8 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
         strategy.load(restore.reopen(Path(start.checkpoint)).read)
     if not ranks.same(strategy.digest(), name="session.digest"):
         raise RuntimeError("the ranks hold different parameters after loading")
+    profile = Profile(run_folder, steps=config.log.profile, attempt=start.attempt, rank=ranks.rank)
+    notes += profile.notes(start.step, total_steps(config))
     reports = None
     if ranks.is_root:
         reports = _open_reports(config, run_folder, start, ranks=ranks, model=model)
@@ -144,6 +149,7 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
         watch=watch,
         checks=checks,
         saver=Saver(run_folder / CHECKPOINTS, ranks, files=agreed.carried),
+        profile=profile,
         reports=reports,
     )
 
