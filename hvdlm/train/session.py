@@ -124,11 +124,7 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
     notes += checks.notes
     model = build_model(config, agreed.tokenizer, ranks, resumed=bool(start.checkpoint))
     _check_space(config, run_folder, ranks, model=model)
-    strategy = _build_strategy(config, model, ranks)
-    if start.checkpoint:
-        strategy.load(restore.reopen(Path(start.checkpoint)).read)
-    if not ranks.same(strategy.digest(), name="session.digest"):
-        raise RuntimeError("the ranks hold different parameters after loading")
+    strategy = _build_strategy(config, model, ranks, checkpoint_folder=start.checkpoint)
     profile = Profile(run_folder, steps=config.log.profile, attempt=start.attempt, rank=ranks.rank)
     notes += profile.notes(start.step, total_steps(config))
     reports = None
@@ -245,9 +241,9 @@ def _check_space(config: RunConfig, run_folder: Path, ranks: World, *, model: nn
     ranks.on_root(check, name="session.space")
 
 
-def _build_strategy(config: RunConfig, model: nn.Module, ranks: World) -> Strategy:
+def _build_strategy(config: RunConfig, model: nn.Module, ranks: World, *, checkpoint_folder: str) -> Strategy:
     slots = share_of(config.train.global_batch // config.train.micro_batch, (ranks.rank, ranks.size))
-    return STRATEGIES[config.parallel.strategy](
+    strategy = STRATEGIES[config.parallel.strategy](
         model,
         ranks,
         optim=config.optim,
@@ -255,6 +251,11 @@ def _build_strategy(config: RunConfig, model: nn.Module, ranks: World) -> Strate
         precision=config.train.precision,
         slots=len(slots),
     )
+    if checkpoint_folder:
+        strategy.load(restore.reopen(Path(checkpoint_folder)).read)
+    if not ranks.same(strategy.digest(), name="session.digest"):
+        raise RuntimeError("the ranks hold different parameters after loading")
+    return strategy
 
 
 def _open_reports(
