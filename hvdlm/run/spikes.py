@@ -9,6 +9,8 @@ from hvdlm.parallel.strategy import StepStats
 
 WINDOW = 128
 """Losses of applied steps that a limit is taken from; with fewer there is none."""
+_LEAST_SIGMA = 0.01
+"""Of the mean: losses that hardly differ must not make the least rise a spike."""
 
 
 def loss_limit(losses: Sequence[float], sigmas: float) -> float:
@@ -27,7 +29,7 @@ def loss_limit(losses: Sequence[float], sigmas: float) -> float:
         return math.inf
     mean = math.fsum(losses) / len(losses)
     variance = math.fsum((loss - mean) ** 2 for loss in losses) / len(losses)
-    return mean + sigmas * math.sqrt(variance)
+    return mean + sigmas * max(math.sqrt(variance), _LEAST_SIGMA * mean)
 
 
 def is_spike(stats: StepStats) -> bool:

@@ -13,10 +13,7 @@ _SILENT_INTERVALS = 100  # Until a rank that stays slow is named again.
 
 @final
 class Stragglers:
-    """Follows the ranks' time for a micro-slot over the log intervals.
-
-    Two ranks have the mean of both as their median: there the slower one must take 1.86 times as long.
-    """
+    """Follows the ranks' time for a micro-slot over the log intervals."""
 
     def __init__(self) -> None:
         self._slow: dict[int, int] = {}
@@ -52,4 +49,5 @@ def slowdown(slot_ms: Sequence[float | None]) -> tuple[int, float]:
 
 
 def _median(slot_ms: Sequence[float | None]) -> float:
-    return statistics.median(ms for ms in slot_ms if ms is not None)
+    # The lower one: of two ranks their mean would hide the slower.
+    return statistics.median_low(ms for ms in slot_ms if ms is not None)

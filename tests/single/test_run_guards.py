@@ -13,7 +13,7 @@ from hvdlm.run.node_memory import Left, memory_left
 from hvdlm.run.plateau import Plateau
 from hvdlm.run.schedule import learning_rate
 from hvdlm.run.spikes import WINDOW, loss_limit
-from hvdlm.run.stragglers import Stragglers
+from hvdlm.run.stragglers import Stragglers, slowdown
 
 OPTIM = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
 
@@ -47,12 +47,18 @@ def test_a_spike_is_above_the_mean_by_so_many_sigmas() -> None:
     losses = [1.0, 3.0] * (WINDOW // 2)
     assert loss_limit(losses, 6.0) == pytest.approx(8.0)
     assert loss_limit(losses, 0.0) == loss_limit(losses[1:], 6.0) == math.inf
-    assert loss_limit([0.3] * WINDOW, 6.0) == 0.3
+    assert loss_limit([0.3] * WINDOW, 6.0) == pytest.approx(0.3 * 1.06)
 
 
 def test_a_rank_that_stays_slow_is_named_once() -> None:
     stragglers = Stragglers()
     assert [stragglers.look([10, 10, None, ms]) for ms in (14, 10, 14, 14, 14, 14)] == [[]] * 4 + [[3], []]
+
+
+def test_of_two_ranks_the_slower_one_is_named() -> None:
+    stragglers = Stragglers()
+    assert [stragglers.look([10, 14]) for _ in range(3)] == [[], [], [1]]
+    assert slowdown([10, 14]) == (1, 1.4)
 
 
 def test_the_tightest_cgroup_counts_without_the_cache_of_files(tmp_path: Path) -> None:
