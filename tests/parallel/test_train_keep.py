@@ -33,13 +33,18 @@ def test_what_is_kept_survives_a_resume(tiny_data: Path, tmp_path: Path) -> None
     done = helpers.run([*command, "--checkpoint.keep_best", "1"])
     assert done.returncode == 0, done.stdout
     assert kept(run) == {20, 25, best(run)[0]}
+    assert [row["step"] for row in helpers.rows(run, "metrics.jsonl", kind="save")] == [5, 10, 15, 20, 25]
     state = json.loads((run / "checkpoints/step-00000025/state.json").read_text())
     assert [one["step"] for one in state["best"]] == best(run)[:1]
     (run / "checkpoints/step-00000020/KEEP").touch()
     more = ("--checkpoint.keep_best", "1", "--checkpoint.keep_every", "40", "--train.steps", "50")
+    more = (*more, "--checkpoint.asynchronous", "false")
     done = helpers.run([*helpers.mpirun(2), *command, *more])
     assert done.returncode == 0, done.stdout
     assert kept(run) == {20, 40, 45, 50, best(run)[0]}
+    saves = helpers.rows(run, "metrics.jsonl", kind="save", attempt=2)
+    assert [row["step"] for row in saves] == [30, 35, 40, 45, 50]
+    assert all(row["bytes"] > 0 and row["stall_s"] > 0 for row in saves)
 
 
 def test_a_file_saves_and_the_run_goes_on(tiny_data: Path, tmp_path: Path) -> None:

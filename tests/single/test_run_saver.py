@@ -78,7 +78,7 @@ def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path, monkeypatch: 
     assert (saved.step, saver.in_flight, saver.writing) == (1, False, False)
     opened = restore.open_checkpoint(tmp_path / "step-00000001")
     assert torch.equal(opened.read("model.x", (0,), (6,)), torch.arange(6.0))
-    assert opened.state["best"] == [{"step": 1, "val_loss": 2.0}]
+    assert opened.state["best"] == saved.state["best"] == [{"step": 1, "val_loss": 2.0}]
     assert saved.size_bytes == sum(
         f.stat().st_size for f in opened.folder.iterdir() if f.name != restore.MANIFEST
     )
