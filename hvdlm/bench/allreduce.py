@@ -48,7 +48,7 @@ class Message:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `bench allreduce`."""
     parser.add_argument("--max-mb", type=int, default=256, help="largest message in MiB (default: 256)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds, each of everything (default: 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, each of everything (default: 5)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
 
 
