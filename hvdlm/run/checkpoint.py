@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from hvdlm.config import EXIT_CRASH, CheckpointConfig, UserError
-from hvdlm.data.files import fsync, write_atomic
+from hvdlm.data.files import TEMP_PREFIX, fsync, write_atomic
 from hvdlm.run.restore import FORMAT, MANIFEST, VERSION, folders, manifest_digest, manifest_text
 
 LATEST = "LATEST"
@@ -116,6 +116,9 @@ def delete_unfinished(folder: Path) -> None:
     """
     for stale in folder.glob("step-*.tmp-*"):
         shutil.rmtree(stale)
+    # Of LATEST: a kill may come just before it is renamed.
+    for stale in folder.glob(f"{TEMP_PREFIX}*"):
+        stale.unlink()
 
 
 def commit(temp: Path, final_folder: Path, written: list[dict[str, Any]]) -> None:

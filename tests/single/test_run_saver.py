@@ -215,6 +215,7 @@ def test_what_a_kill_left_is_deleted_by_the_next_save(tmp_path: Path) -> None:
     left = tmp_path / "step-00000009.tmp-3"
     left.mkdir()
     (left / "rank-00002.safetensors").write_bytes(os.urandom(10))
+    (tmp_path / ".tmp-0123456789ab-LATEST").touch()
     saver = Saver(tmp_path, ALONE, files={})
     saver.begin([piece("model.x", torch.ones(2))], state(4))
     saver.finish()
