@@ -52,22 +52,25 @@ def rank_best(best: Best, step: int, val_loss: float | None, *, count: int) -> B
     return sorted(joined, key=lambda one: (one["val_loss"], one["step"]))[:count]
 
 
-def prune(folder: Path, keep: CheckpointConfig, *, best: Best) -> None:
-    """Delete what need not be kept; each is renamed away first, so that none is ever half there.
+def prune(folder: Path, keep: CheckpointConfig, *, best: Best) -> list[Path]:
+    """Rename away what need not be kept, so that none is ever half there.
 
     Args:
         folder: the run's `checkpoints` folder.
         keep: the newest `keep_last`, and those of multiples of `keep_every`; besides, who has a file KEEP.
         best: are kept.
+
+    Returns:
+        What is to be deleted.
     """
+    doomed = []
     steps = {one["step"] for one in best}
     for old in folders(folder)[: -keep.keep_last]:
         step = int(old.name.partition("-")[2])
         if step in steps or (keep.keep_every and step % keep.keep_every == 0) or (old / KEEP).exists():
             continue
-        doomed = old.with_name(f"{old.name}.tmp-deleted")
-        old.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        doomed.append(old.rename(old.with_name(f"{old.name}.tmp-deleted")))
+    return doomed
 
 
 def check_space(folder: Path, keep: CheckpointConfig, model: nn.Module) -> None:

@@ -132,7 +132,8 @@ def _commit(s: Session) -> None:
     saved = s.saver.finish(before=s.before_commit)
     if saved and s.reports:
         s.reports.metrics.saved(saved.step, saved.seconds, size_bytes=saved.size_bytes)
-        checkpoint.prune(s.run_folder / folder.CHECKPOINTS, s.config.checkpoint, best=saved.state["best"])
+        checkpoints, best = s.run_folder / folder.CHECKPOINTS, saved.state["best"]
+        s.saver.delete(checkpoint.prune(checkpoints, s.config.checkpoint, best=best))
         if saved.asked and s.watch.take_save_file():
             s.reports.metrics.say(f"saved after step {saved.step} (file {s.run_folder / stop.SAVE_FILE})")
 

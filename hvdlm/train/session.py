@@ -90,6 +90,7 @@ class Session:
         self.profile.close()
         self.loader.close()
         self.checks.close()
+        self.saver.close()
         if self.reports:
             self.reports.ledger.close()
             self.reports.metrics.close()

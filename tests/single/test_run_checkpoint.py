@@ -173,8 +173,9 @@ def kept(run: Path) -> list[int]:
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
-    checkpoint.prune(tmp_path / "checkpoints", CheckpointConfig(keep_last=2), best=[])
-    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    doomed = checkpoint.prune(tmp_path / "checkpoints", CheckpointConfig(keep_last=2), best=[])
+    assert [p.name for p in doomed] == ["step-00000001.tmp-deleted", "step-00000002.tmp-deleted"]
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p not in doomed)
     assert names == ["LATEST", "step-00000003", "step-00000004"]
 
 
