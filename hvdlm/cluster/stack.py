@@ -59,7 +59,8 @@ def _gpu(horovod_has_nccl: bool) -> Finding:
         return Finding("gpu", "fail", f"torch: {outcome.reason}", "a torch that imports", INSTALL)
     if not facts["gpus"]:
         if shutil.which("nvidia-smi") is None:
-            return Finding("gpu", "skip", "no GPU here")
+            untried = "; Horovod has NCCL, which was not tried" if horovod_has_nccl else ""
+            return Finding("gpu", "skip", f"no GPU here{untried}")
         fix = (
             "ask for a GPU in the job" if facts["cuda"] else f"{INSTALL} --nccl with a --torch that has CUDA"
         )
