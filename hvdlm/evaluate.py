@@ -143,7 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--split", choices=SPLITS, default="val", help="which part of the data")
     parser.add_argument(
-        "--precision", choices=("", "fp32", "bf16"), default="", help="compute precision ('': the run's)"
+        "--precision",
+        choices=("", "fp32", "bf16", "fp16"),
+        default="",
+        help="compute precision ('': the run's)",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     return parser

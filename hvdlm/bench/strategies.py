@@ -14,10 +14,10 @@ from torch import nn
 from hvdlm.comm import device
 from hvdlm.comm.launch import Launch
 from hvdlm.comm.world import World
-from hvdlm.config import ModelConfig, OptimConfig, ParallelConfig
+from hvdlm.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, UserError, check
 from hvdlm.data.loader import Slot, StepBatch
 from hvdlm.models import MODELS
-from hvdlm.parallel import STRATEGIES, Strategy, Wish
+from hvdlm.parallel import STRATEGIES, StepPlan, Strategy, Wish
 
 NO_COMMUNICATION = "none"
 MODEL = ModelConfig(layers=6, width=384, heads=6)
@@ -26,13 +26,17 @@ VOCAB, SEQ_LEN = 4096, 256
 
 def variants(wires: list[str]) -> list[tuple[str, str]]:
     """(strategy, precision on the wire) of what is compared; no communication first."""
-    found = [(NO_COMMUNICATION, "none")]
-    for name in STRATEGIES:
-        for wire in wires:
-            known = {"allreduce": ("none", "fp16"), "ddp": ("none", "fp16"), "fixed": ("none",)}
-            if wire in known.get(name, ("none", "fp16", "bf16")):
-                found.append((name, wire))
-    return found
+    pairs = [(name, wire) for name in STRATEGIES for wire in wires if _is_possible(name, wire)]
+    return [(NO_COMMUNICATION, "none"), *pairs]
+
+
+def _is_possible(name: str, wire: str) -> bool:
+    section = ParallelConfig(strategy=name, compression=wire)  # type: ignore[arg-type]
+    try:
+        check(RunConfig(parallel=section))
+    except UserError:
+        return False
+    return True
 
 
 def measure(
@@ -110,8 +114,8 @@ def _build(
         bucket_mb=parallel.bucket_mb,
         fusion_mb=parallel.fusion_mb,
     )
-    strategy = STRATEGIES["buckets" if name == NO_COMMUNICATION else name]
-    return strategy(model, world, optim=OptimConfig(), parallel=section, precision="fp32", slots=slots)
+    plan = StepPlan(OptimConfig(), section, "fp32", slots)
+    return STRATEGIES["buckets" if name == NO_COMMUNICATION else name](model, world, plan)
 
 
 def _batch(step: int, ranks: World, *, micro_batch: int, slots: int) -> StepBatch:

@@ -115,12 +115,16 @@ def process_settings(
     if launch.kind == "gloo":
         # It bounds start-up skew as well: rank 0 may be sharding the demo corpus.
         wanted["HOROVOD_GLOO_TIMEOUT_SECONDS"] = "300"
+    wanted |= _core_settings(launch, cores)
+    return {name: value for name, value in wanted.items() if name not in env}
+
+
+def _core_settings(launch: Launch, cores: int) -> dict[str, str]:
+    """How the ranks of a host share its cores."""
     if launch.kind != "single" and launch.local_size >= cores:
         # Open MPI spins while it waits; measured with 4 ranks on 2 cores: 968 ms a step, yielding 268.
-        wanted |= {"OMPI_MCA_mpi_yield_when_idle": "1", "OMP_NUM_THREADS": "1"}
-    elif launch.local_size > 1:
-        wanted["OMP_NUM_THREADS"] = str(max(1, cores // launch.local_size))
-    return {name: value for name, value in wanted.items() if name not in env}
+        return {"OMPI_MCA_mpi_yield_when_idle": "1", "OMP_NUM_THREADS": "1"}
+    return {"OMP_NUM_THREADS": str(max(1, cores // launch.local_size))} if launch.local_size > 1 else {}
 
 
 def _launch(kind: Literal["mpi", "gloo"], env: Mapping[str, str], names: tuple[str, str, str, str]) -> Launch:

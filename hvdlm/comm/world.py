@@ -111,15 +111,6 @@ class World:
         """True on every rank if `flag` is true on one."""
         return bool(self.sum_(torch.tensor([int(flag)]), name=name).item())
 
-    def same(self, value: int, *, name: str) -> bool:
-        """True on every rank if all gave the same 62-bit number."""
-        if self.size == 1:
-            return True
-        lowest, highest = hvd.grouped_allreduce(
-            [torch.tensor([value]), torch.tensor([-value])], op=hvd.Min, name=name
-        )
-        return int(lowest.item()) == -int(highest.item())
-
     def broadcast_(self, values: torch.Tensor, *, name: str) -> torch.Tensor:
         """Copy rank 0's contiguous tensor of any dtype to all ranks, in place, bit by bit."""
         if self.size > 1:

@@ -165,8 +165,8 @@ def _check_fixed(config: RunConfig) -> None:
 def _check_compression(parallel: ParallelConfig) -> None:
     _require(
         parallel.compression != "bf16" or parallel.strategy in ("buckets", "zero1"),
-        f"parallel.compression bf16: the reductions of parallel.strategy {parallel.strategy} know no bf16; "
-        "use parallel.strategy buckets or zero1, or parallel.compression fp16",
+        f"parallel.compression is bf16, parallel.strategy {parallel.strategy}: needed buckets or zero1, as "
+        "no other reduces bf16; change one of them, or use parallel.compression fp16",
     )
 
 

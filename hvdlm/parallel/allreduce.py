@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from hvdlm.comm.world import World
-from hvdlm.config import OptimConfig, ParallelConfig
 from hvdlm.data.loader import StepBatch
 from hvdlm.parallel import replicated
-from hvdlm.parallel.forward import Batch, evaluate, loss_of, slot_loss
-from hvdlm.parallel.strategy import Piece, Read, StepStats, Strategy, Wish, agree
+from hvdlm.parallel.forward import loss_of, slot_loss
+from hvdlm.parallel.strategy import Piece, Read, StepPlan, StepStats, Strategy, Wish, agree
 from hvdlm.parallel.update import Update
 
 
@@ -26,43 +25,21 @@ class AllReduce(Strategy):
     Each slot's loss sum is divided by the label count of the *global* batch before its backward
     pass, and the reduction is Sum: ranks with more, fewer or no slots weigh right, and nothing is
     rescaled afterwards.
-
-    Args:
-        model: an `nn.Module` with `loss(**batch) -> (sum, count)`, on its device.
-        world: the ranks of this run.
-        optim: the optimizer's section.
-        parallel: wire compression and fusion size.
-        precision: 'fp32', or 'bf16' or 'fp16' (autocast over fp32 weights).
-        slots: micro-slots of this rank in every step, possibly 0.
-
-    Collective: construction broadcasts rank 0's weights.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        world: World,
-        *,
-        optim: OptimConfig,
-        parallel: ParallelConfig,
-        precision: str,
-        slots: int,
-    ) -> None:
-        self._model = model
-        self._world = world
-        self._precision = precision
+    def __init__(self, model: nn.Module, world: World, plan: StepPlan) -> None:
+        super().__init__(model, world, plan)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = self._parameters[0].device
-        replicated.broadcast_model_(model, world)
         self._optimizer = hvd.DistributedOptimizer(
-            replicated.optimizer_of(model, optim),
+            replicated.optimizer_of(model, plan.optim),
             named_parameters=[(f"grad.{n}", p) for n, p in model.named_parameters()],
             op=hvd.Sum,
-            compression=hvd.Compression.fp16 if parallel.compression == "fp16" else hvd.Compression.none,
-            backward_passes_per_step=max(1, slots),
-            groups=_fusion_groups(self._parameters, parallel.fusion_mb * 2**20),
+            compression=hvd.Compression.fp16 if plan.parallel.compression == "fp16" else hvd.Compression.none,
+            backward_passes_per_step=max(1, plan.slots),
+            groups=_fusion_groups(self._parameters, plan.parallel.fusion_mb * 2**20),
         )
-        self._update = Update(self._optimizer, optim, precision)
+        self._update = Update(self._optimizer, plan.optim, plan.precision)
 
     def step(
         self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish], loss_limit: float = math.inf
@@ -78,17 +55,11 @@ class AllReduce(Strategy):
         self._optimizer.zero_grad()
         return StepStats(loss, batch.label_count, norm, skipped, agreed)
 
-    def loss(self, batch: Batch) -> tuple[float, int]:
-        return evaluate(self._model, batch, precision=self._precision)
-
     def pieces(self) -> Iterator[Piece]:
         return replicated.pieces(replicated.tensors(self._model, self._update), self._world)
 
     def load(self, read: Read) -> None:
         replicated.load_(replicated.tensors(self._model, self._update), self._update, read)
-
-    def digest(self) -> int:
-        return replicated.digest(self._model)
 
     def _backward(self, batch: StepBatch) -> float:
         """This rank's part of the mean loss; its gradients are on their way when this returns."""

@@ -15,11 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hvdlm.comm.torch_group import open_group
 from hvdlm.comm.world import World
-from hvdlm.config import OptimConfig, ParallelConfig
 from hvdlm.data.loader import Slot, StepBatch
 from hvdlm.parallel import replicated
-from hvdlm.parallel.forward import Batch, evaluate, loss_of, slot_loss
-from hvdlm.parallel.strategy import Piece, Read, StepStats, Strategy, Wish, agree
+from hvdlm.parallel.forward import loss_of, slot_loss
+from hvdlm.parallel.strategy import Piece, Read, StepPlan, StepStats, Strategy, Wish, agree
 from hvdlm.parallel.update import Update
 
 
@@ -28,47 +27,25 @@ class Ddp(Strategy):
     """Every rank holds the model; torch.distributed averages gradients over NCCL or Gloo during backward.
 
     Horovod carries the statistics. The mean over ranks becomes a sum by the loss's factor.
-
-    Args:
-        model: an `nn.Module` with `loss(**batch) -> (sum, count)`, on its device.
-        world: the ranks of this run.
-        optim: the optimizer's section.
-        parallel: precision on the wire and size of the buckets.
-        precision: 'fp32', or 'bf16' or 'fp16' (autocast over fp32 weights).
-        slots: has no part: a step has as many slots as its batch.
-
-    Collective: construction opens torch's process group and broadcasts rank 0's weights.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        world: World,
-        *,
-        optim: OptimConfig,
-        parallel: ParallelConfig,
-        precision: str,
-        slots: int,
-    ) -> None:
-        self._model = model
-        self._world = world
-        self._precision = precision
+    def __init__(self, model: nn.Module, world: World, plan: StepPlan) -> None:
+        super().__init__(model, world, plan)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = self._parameters[0].device
-        replicated.broadcast_model_(model, world)
         open_group(world, self._device)
         with warnings.catch_warnings():
             # Newer releases of torch have another word for broadcast_buffers, older ones only this.
             warnings.simplefilter("ignore", FutureWarning)
             self._losses = DistributedDataParallel(
                 _Loss(model),
-                bucket_cap_mb=parallel.bucket_mb,
+                bucket_cap_mb=plan.parallel.bucket_mb,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
-        if parallel.compression == "fp16":
+        if plan.parallel.compression == "fp16":
             self._losses.register_comm_hook(None, default_hooks.fp16_compress_hook)
-        self._update = Update(replicated.optimizer_of(model, optim), optim, precision)
+        self._update = Update(replicated.optimizer_of(model, plan.optim), plan.optim, plan.precision)
 
     def step(
         self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish], loss_limit: float = math.inf
@@ -80,17 +57,11 @@ class Ddp(Strategy):
         torch._foreach_zero_(gradients)
         return StepStats(loss, batch.label_count, norm, skipped, agreed)
 
-    def loss(self, batch: Batch) -> tuple[float, int]:
-        return evaluate(self._model, batch, precision=self._precision)
-
     def pieces(self) -> Iterator[Piece]:
         return replicated.pieces(replicated.tensors(self._model, self._update), self._world)
 
     def load(self, read: Read) -> None:
         replicated.load_(replicated.tensors(self._model, self._update), self._update, read)
-
-    def digest(self) -> int:
-        return replicated.digest(self._model)
 
     def _backward(self, batch: StepBatch) -> float:
         """This rank's part of the mean loss; when this returns the gradients are summed."""

@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from hvdlm.comm.world import World
-from hvdlm.config import OptimConfig, ParallelConfig
 from hvdlm.data.loader import StepBatch
 from hvdlm.data.order import share_of
 from hvdlm.parallel import replicated
-from hvdlm.parallel.forward import Batch, evaluate, loss_of, slot_loss
-from hvdlm.parallel.strategy import Piece, Read, StepStats, Strategy, Wish
+from hvdlm.parallel.forward import loss_of, slot_loss
+from hvdlm.parallel.strategy import Piece, Read, StepPlan, StepStats, Strategy, Wish
 from hvdlm.parallel.tree import Span, partial_spans, push, tree_sum
 from hvdlm.parallel.update import Update
 
@@ -40,37 +39,15 @@ class Fixed(Strategy):
 
     Computes with one thread in each process, because more split sums otherwise, and on a GPU with
     deterministic kernels. The bits still are those of one kind of processor and one torch.
-
-    Args:
-        model: an `nn.Module` with `loss(**batch) -> (sum, count)`, on its device.
-        world: the ranks of this run.
-        optim: the optimizer's section.
-        parallel: has no part; there is no compression.
-        precision: 'fp32'.
-        slots: micro-slots of this rank in every step, possibly 0; a rank's follow those of the rank before.
-
-    Collective: construction broadcasts rank 0's weights.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        world: World,
-        *,
-        optim: OptimConfig,
-        parallel: ParallelConfig,
-        precision: str,
-        slots: int,
-    ) -> None:
-        self._model = model
-        self._world = world
-        self._precision = precision
+    def __init__(self, model: nn.Module, world: World, plan: StepPlan) -> None:
+        super().__init__(model, world, plan)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = self._parameters[0].device
         _compute_reproducibly(self._device)
-        replicated.broadcast_model_(model, world)
-        self._update = Update(replicated.optimizer_of(model, optim), optim, precision)
-        counts = world.gather_json(slots, name="fixed.slots")
+        self._update = Update(replicated.optimizer_of(model, plan.optim), plan.optim, plan.precision)
+        counts = world.gather_json(plan.slots, name="fixed.slots")
         self._slots = sum(counts)
         self._spans: list[list[Span]] = [
             partial_spans(range(first, end), self._slots)
@@ -94,17 +71,11 @@ class Fixed(Strategy):
         agreed = Wish(*(statistics[self._slots :] > 0).tolist())
         return StepStats(loss, batch.label_count, norm, skipped, agreed)
 
-    def loss(self, batch: Batch) -> tuple[float, int]:
-        return evaluate(self._model, batch, precision=self._precision)
-
     def pieces(self) -> Iterator[Piece]:
         return replicated.pieces(replicated.tensors(self._model, self._update), self._world)
 
     def load(self, read: Read) -> None:
         replicated.load_(replicated.tensors(self._model, self._update), self._update, read)
-
-    def digest(self) -> int:
-        return replicated.digest(self._model)
 
     def _backward(self, batch: StepBatch) -> torch.Tensor:
         """Fill this rank's partial sums; its slots' losses, float64 [S] with zeros elsewhere."""

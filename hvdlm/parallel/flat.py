@@ -60,19 +60,19 @@ class Bucket:
         return {p.name: flat[p.start : p.end].view_as(p.parameter) for p in self.places}
 
 
-def flatten_(model: nn.Module, *, bucket_bytes: int, multiple: int = 1) -> list[Bucket]:
+def flatten_(model: nn.Module, *, bucket_mb: float, multiple: int = 1) -> list[Bucket]:
     """Move a model's trained parameters into buckets, matrices first, each kind from the last to the first.
 
     Args:
         model: on its device; its parameters become views.
-        bucket_bytes: a bucket is closed before it grows beyond; a larger parameter has one of its own.
+        bucket_mb: MiB; a bucket is closed before it grows beyond, a larger parameter has one of its own.
         multiple: a bucket's length is a multiple of it.
     """
     trained = [(name, p) for name, p in reversed(list(model.named_parameters())) if p.requires_grad]
     buckets = []
     for is_decayed in (True, False):
         kind = [(name, p) for name, p in trained if (p.dim() >= 2) == is_decayed]
-        for group in _groups(kind, bucket_bytes // 4):
+        for group in _groups(kind, int(bucket_mb * 2**20) // 4):
             buckets.append(_bucket(group, is_decayed=is_decayed, multiple=multiple))
     return buckets
 

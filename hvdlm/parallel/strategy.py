@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 from hvdlm.comm.world import World
+from hvdlm.config import OptimConfig, ParallelConfig
 from hvdlm.data.loader import StepBatch
-from hvdlm.parallel.forward import Batch
+from hvdlm.parallel.forward import Batch, evaluate
+from hvdlm.parallel.weights import broadcast_model_, digest
 
 
 class Read(Protocol):
@@ -96,12 +99,43 @@ def agree(world: World, loss: float, wish: Wish) -> tuple[float, Wish]:
     return float(sums[0]), Wish(*(sums[1:] > 0).tolist())
 
 
+@dataclass(frozen=True)
+class StepPlan:
+    """How this rank takes its steps.
+
+    Attributes:
+        optim: the optimizer's section.
+        parallel: precision on the wire, and sizes of buckets and of Horovod's fusion.
+        precision: 'fp32', or 'bf16' or 'fp16' (autocast over fp32 weights).
+        slots: micro-slots of this rank in every step, possibly 0; a rank's follow those of the rank before.
+    """
+
+    optim: OptimConfig
+    parallel: ParallelConfig
+    precision: str
+    slots: int
+
+
 class Strategy(ABC):
     """One optimizer step over many processes, and the training state it keeps.
 
     The loop does not know how a step is done; a checkpoint does not know how a run was parallel.
     A model and its strategy live for one world; on a resize both are built anew through `load`.
+
+    Args:
+        model: an `nn.Module` with `loss(**batch) -> (sum, count)`, on its device; a strategy may move
+            its parameters into other memory.
+        world: the ranks of this run.
+        plan: how steps are done; a strategy may have no use for part of it.
+
+    Collective: construction broadcasts rank 0's weights.
     """
+
+    def __init__(self, model: nn.Module, world: World, plan: StepPlan) -> None:
+        self._model = model
+        self._world = world
+        self._precision = plan.precision
+        broadcast_model_(model, world)
 
     @abstractmethod
     def step(
@@ -119,12 +153,12 @@ class Strategy(ABC):
         Collective: yes.
         """
 
-    @abstractmethod
     def loss(self, batch: Batch) -> tuple[float, int]:
         """Loss sum in nats and label count of one micro-batch, without gradients or dropout.
 
         Collective: no.
         """
+        return evaluate(self._model, batch, precision=self._precision)
 
     @abstractmethod
     def pieces(self) -> Iterator[Piece]:
@@ -143,9 +177,9 @@ class Strategy(ABC):
         Collective: every rank calls it.
         """
 
-    @abstractmethod
     def digest(self) -> int:
-        """A 62-bit digest of this rank's parameters, for comparing ranks.
+        """A 64-bit digest of this rank's parameters, for comparing ranks.
 
         Collective: no.
         """
+        return digest(self._model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import final
 
 import torch
@@ -22,16 +22,21 @@ _GROWTH_STEPS = 2000
 
 
 def new_optimizer(
-    decayed: Sequence[nn.Parameter], others: Sequence[nn.Parameter], optim: OptimConfig
+    parameters: Iterable[tuple[nn.Parameter, bool]], optim: OptimConfig
 ) -> torch.optim.Optimizer:
-    """torch's optimizer `optim.kind`, fused, with weight decay on `decayed` only.
+    """torch's optimizer `optim.kind`, fused.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019 (adamw); Kingma and Ba,
     Adam, 2015. Of adam and sgd the decay is an L2 penalty.
+
+    Args:
+        parameters: each with whether weight decay is for it.
+        optim: the section.
     """
+    pairs = list(parameters)
     groups = [
-        {"params": list(decayed), "weight_decay": optim.weight_decay},
-        {"params": list(others), "weight_decay": 0.0},
+        {"params": [p for p, decays in pairs if decays], "weight_decay": optim.weight_decay},
+        {"params": [p for p, decays in pairs if not decays], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if optim.kind == "sgd":

@@ -17,7 +17,7 @@ from hvdlm.comm.world import World
 _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pending:
     """A collective that is under way.
 

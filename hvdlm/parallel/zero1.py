@@ -11,13 +11,11 @@ import torch
 from torch import nn
 
 from hvdlm.comm.world import World
-from hvdlm.config import OptimConfig, ParallelConfig
 from hvdlm.data.loader import StepBatch
 from hvdlm.parallel import replicated, wire
 from hvdlm.parallel.backward import FlatBackward
 from hvdlm.parallel.flat import Bucket, flatten_, own_part, rectangles
-from hvdlm.parallel.forward import Batch, evaluate
-from hvdlm.parallel.strategy import Piece, Read, StepStats, Strategy, Wish
+from hvdlm.parallel.strategy import Piece, Read, StepPlan, StepStats, Strategy, Wish
 from hvdlm.parallel.update import Update, new_optimizer
 
 
@@ -30,41 +28,18 @@ class Zero1(Strategy):
     with the parameters rounded to bf16; what is no matrix always travels in fp32.
 
     Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2020.
-
-    Args:
-        model: an `nn.Module` with `loss(**batch) -> (sum, count)`, on its device; its parameters
-            become views of the buckets.
-        world: the ranks of this run.
-        optim: the optimizer's section.
-        parallel: precision on the wire and size of the buckets.
-        precision: 'fp32', or 'bf16' or 'fp16' (autocast over fp32 weights).
-        slots: has no part: a step has as many slots as its batch.
-
-    Collective: construction broadcasts rank 0's weights.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        world: World,
-        *,
-        optim: OptimConfig,
-        parallel: ParallelConfig,
-        precision: str,
-        slots: int,
-    ) -> None:
-        self._model = model
-        self._world = world
-        self._precision = precision
-        replicated.broadcast_model_(model, world)
-        self._buckets = flatten_(model, bucket_bytes=int(parallel.bucket_mb * 2**20), multiple=world.size)
-        self._wires = [parallel.compression if b.is_decayed else "none" for b in self._buckets]
+    def __init__(self, model: nn.Module, world: World, plan: StepPlan) -> None:
+        super().__init__(model, world, plan)
+        self._buckets = flatten_(model, bucket_mb=plan.parallel.bucket_mb, multiple=world.size)
+        self._wires = [plan.parallel.compression if b.is_decayed else "none" for b in self._buckets]
         self._owned = [own_part(bucket, world) for bucket in self._buckets]
         self._masters = [self._new_master(index) for index in range(len(self._buckets))]
-        decayed = [p for p, bucket in zip(self._masters, self._buckets, strict=True) if bucket.is_decayed]
-        others = [p for p, bucket in zip(self._masters, self._buckets, strict=True) if not bucket.is_decayed]
-        self._update = Update(new_optimizer(decayed, others, optim), optim, precision)
-        self._backward = FlatBackward(model, self._buckets, precision=precision)
+        decays = [bucket.is_decayed for bucket in self._buckets]
+        optimizer = new_optimizer(zip(self._masters, decays, strict=True), plan.optim)
+        self._update = Update(optimizer, plan.optim, plan.precision)
+        self._backward = FlatBackward(model, self._buckets, precision=plan.precision)
 
     def step(
         self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish], loss_limit: float = math.inf
@@ -81,9 +56,6 @@ class Zero1(Strategy):
             self._gather_()
         torch._foreach_zero_([bucket.gradients for bucket in self._buckets])
         return StepStats(loss, batch.label_count, norm, skipped, Wish(*(flag > 0 for flag in flags)))
-
-    def loss(self, batch: Batch) -> tuple[float, int]:
-        return evaluate(self._model, batch, precision=self._precision)
 
     def pieces(self) -> Iterator[Piece]:
         for bucket, part, master in zip(self._buckets, self._owned, self._masters, strict=True):
@@ -107,9 +79,6 @@ class Zero1(Strategy):
                         shape = tuple(piece.values.shape)
                         piece.values.copy_(read(piece.name, piece.offset, shape, piece.global_shape))
         replicated.load_(self._small_state(), self._update, read)
-
-    def digest(self) -> int:
-        return replicated.digest(self._model)
 
     def _new_master(self, index: int) -> nn.Parameter:
         """This rank's part of a bucket as the optimizer's parameter: a view, unless the bucket is rounded."""

@@ -30,7 +30,7 @@ class Stragglers:
             The ranks to name now.
         """
         self._interval += 1
-        median = _median(slot_ms)
+        median = median_ms(slot_ms)
         slow = [rank for rank, ms in enumerate(slot_ms) if ms is not None and ms > _SLOW * median]
         self._slow = {rank: self._slow.get(rank, 0) + 1 for rank in slow}
         named = [rank for rank, count in self._slow.items() if count >= _INTERVALS and self._is_due(rank)]
@@ -45,9 +45,9 @@ def slowdown(slot_ms: Sequence[float | None]) -> tuple[int, float]:
     """The slowest rank, and its time as a multiple of the median."""
     times = [0.0 if ms is None else ms for ms in slot_ms]
     slowest = times.index(max(times))
-    return slowest, times[slowest] / _median(slot_ms)
+    return slowest, times[slowest] / median_ms(slot_ms)
 
 
-def _median(slot_ms: Sequence[float | None]) -> float:
-    # The lower one: of two ranks their mean would hide the slower.
+def median_ms(slot_ms: Sequence[float | None]) -> float:
+    """The median, and of two in the middle the lower one: of two ranks their mean would hide the slower."""
     return statistics.median_low(ms for ms in slot_ms if ms is not None)

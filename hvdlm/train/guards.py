@@ -76,7 +76,7 @@ def check_same_parameters(strategy: Strategy, ranks: World, *, step: int) -> Non
     raise AgreedError(
         f"step {step}: silent corruption: the parameters of {who} "
         f"{'differ, and which are right is not known' if is_split else 'differ from all others'}"
-        "; nothing was saved: start again from the last checkpoint without that node (of processors of "
-        "several kinds, or with --train.digest_every 0, ranks may drift apart)",
+        "; this was not saved: start again without that node. Where nodes have several kinds of processors, "
+        "ranks may drift apart without damage: --train.digest_every 0 compares nothing",
         EXIT_CRASH,
     )

@@ -56,6 +56,8 @@ def train(s: Session) -> int:
         leaves = done or stats.wish.stop
         saves = leaves or stats.wish.save or _due(batch.step, s.config.checkpoint.every)
         if s.config.train.digest_every and (saves or _due(batch.step, s.config.train.digest_every)):
+            # What is in flight was compared when it was copied.
+            _commit(s)
             check_same_parameters(s.strategy, s.ranks, step=batch.step)
         if saves:
             best = checkpoint.rank_best(best, batch.step, val_loss, count=s.config.checkpoint.keep_best)

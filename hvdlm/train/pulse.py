@@ -12,7 +12,7 @@ import psutil
 from hvdlm.comm.world import World
 from hvdlm.parallel.strategy import Wish
 from hvdlm.run.node_memory import memory_left
-from hvdlm.run.stragglers import Stragglers, slowdown
+from hvdlm.run.stragglers import Stragglers, median_ms, slowdown
 
 _LOW_MEMORY = 0.05
 
@@ -106,12 +106,11 @@ class Pulse:
 
     def _look_at_speed(self, of_ranks: list[dict[str, Any]]) -> list[str]:
         """A line for each rank that was slow for long."""
-        slot_ms = [one["slot_ms"] for one in of_ranks]
         if self._ranks.size == 1:
             return []
-        _, times = slowdown(slot_ms)
+        slot_ms = [one["slot_ms"] for one in of_ranks]
         return [
             f"warning: rank {rank} on {of_ranks[rank]['host']} takes {slot_ms[rank]:.1f} ms a micro-batch, "
-            f"the slowest {times:.2f} times the median; all wait for it: look at that node, or leave it out"
+            f"others {median_ms(slot_ms):.1f}; all wait for it: look at that node, or leave it out"
             for rank in self._stragglers.look(slot_ms)
         ]

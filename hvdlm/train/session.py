@@ -19,7 +19,7 @@ from hvdlm.data.sources import Source
 from hvdlm.models import MODELS, pad_vocab
 from hvdlm.models.compilation import compile_blocks_
 from hvdlm.models.llama import load_hf_
-from hvdlm.parallel import STRATEGIES, Strategy, Wish
+from hvdlm.parallel import STRATEGIES, StepPlan, Strategy, Wish
 from hvdlm.run import checkpoint, exit_record, ledger, restore, stop
 from hvdlm.run.folder import CHECKPOINTS, Start
 from hvdlm.run.ledger import Ledger
@@ -28,6 +28,7 @@ from hvdlm.run.profile import Profile
 from hvdlm.run.saver import Saver
 from hvdlm.train.agree import Agreed
 from hvdlm.train.checks import BlockChecks, begin_checks
+from hvdlm.train.guards import check_same_parameters
 from hvdlm.train.headline import headline, sizes
 from hvdlm.train.staging import Wanted, stage_in
 
@@ -111,12 +112,7 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
     if ranks.is_root:
         _mark_running(run_folder, agreed)
     ranks.barrier(name="session.folder")
-    watch = stop.StopWatch(
-        run_folder,
-        attempt=start.attempt,
-        watch_file=ranks.is_root,
-        deadline_unix=stop.deadline(agreed.job_end_unix, config.train.stop_margin_s),
-    )
+    watch = _open_watch(config, run_folder, agreed, ranks)
     sources, notes = _stage(config, agreed, ranks, watch)
     loader = _open_loader(config, agreed, sources, ranks)
     # What is staged was compared with its digests to the last byte.
@@ -125,7 +121,7 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
     notes += checks.notes
     model = build_model(config, agreed.tokenizer, ranks, resumed=bool(start.checkpoint))
     _check_space(config, run_folder, ranks, model=model)
-    strategy = _build_strategy(config, model, ranks, checkpoint_folder=start.checkpoint)
+    strategy = _build_strategy(config, model, ranks, start=start)
     profile = Profile(run_folder, steps=config.log.profile, attempt=start.attempt, rank=ranks.rank)
     notes += profile.notes(start.step, total_steps(config))
     reports = None
@@ -148,6 +144,15 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
         saver=Saver(run_folder / CHECKPOINTS, ranks, files=agreed.carried),
         profile=profile,
         reports=reports,
+    )
+
+
+def _open_watch(config: RunConfig, run_folder: Path, agreed: Agreed, ranks: World) -> stop.StopWatch:
+    return stop.StopWatch(
+        run_folder,
+        attempt=agreed.start.attempt,
+        watch_file=ranks.is_root,
+        deadline_unix=stop.deadline(agreed.job_end_unix, config.train.stop_margin_s),
     )
 
 
@@ -242,20 +247,13 @@ def _check_space(config: RunConfig, run_folder: Path, ranks: World, *, model: nn
     ranks.on_root(check, name="session.space")
 
 
-def _build_strategy(config: RunConfig, model: nn.Module, ranks: World, *, checkpoint_folder: str) -> Strategy:
+def _build_strategy(config: RunConfig, model: nn.Module, ranks: World, *, start: Start) -> Strategy:
     slots = share_of(config.train.global_batch // config.train.micro_batch, (ranks.rank, ranks.size))
-    strategy = STRATEGIES[config.parallel.strategy](
-        model,
-        ranks,
-        optim=config.optim,
-        parallel=config.parallel,
-        precision=config.train.precision,
-        slots=len(slots),
-    )
-    if checkpoint_folder:
-        strategy.load(restore.reopen(Path(checkpoint_folder)).read)
-    if not ranks.same(strategy.digest(), name="session.digest"):
-        raise RuntimeError("the ranks hold different parameters after loading")
+    plan = StepPlan(config.optim, config.parallel, config.train.precision, len(slots))
+    strategy = STRATEGIES[config.parallel.strategy](model, ranks, plan)
+    if start.checkpoint:
+        strategy.load(restore.reopen(Path(start.checkpoint)).read)
+    check_same_parameters(strategy, ranks, step=start.step)
     return strategy
 
 

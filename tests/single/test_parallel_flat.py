@@ -34,7 +34,7 @@ def test_a_model_in_buckets_computes_the_same() -> None:
     config = ModelConfig(layers=2, width=16, heads=2)
     model, plain = MODELS["transformer"](config, 64), MODELS["transformer"](config, 64)
     plain.load_state_dict(model.state_dict())
-    buckets = flatten_(model, bucket_bytes=4000, multiple=3)
+    buckets = flatten_(model, bucket_mb=4000 / 2**20, multiple=3)
     assert len(buckets) > 3
     assert [b.is_decayed for b in buckets] == sorted((b.is_decayed for b in buckets), reverse=True)
     names = [place.name for bucket in buckets for place in bucket.places]
@@ -59,6 +59,6 @@ def test_a_model_in_buckets_computes_the_same() -> None:
 def test_a_bucket_ends_before_it_grows_beyond_its_limit() -> None:
     random.seed(1)
     model = nn.Sequential(*[nn.Linear(random.randint(1, 40), random.randint(1, 40)) for _ in range(30)])
-    for bucket in flatten_(model, bucket_bytes=8000):
+    for bucket in flatten_(model, bucket_mb=8000 / 2**20):
         total = sum(place.parameter.numel() for place in bucket.places)
         assert total <= 2000 or len(bucket.places) == 1
