@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import final
 
@@ -16,7 +17,7 @@ from hvdlm.comm.world import World
 from hvdlm.data.loader import StepBatch
 from hvdlm.data.order import share_of
 from hvdlm.parallel import replicated
-from hvdlm.parallel.forward import loss_of, slot_loss
+from hvdlm.parallel.forward import Batch, loss_of, slot_loss
 from hvdlm.parallel.strategy import Piece, Read, StepPlan, StepStats, Strategy, Wish
 from hvdlm.parallel.tree import Span, partial_spans, push, tree_sum
 from hvdlm.parallel.update import Update
@@ -45,7 +46,6 @@ class Fixed(Strategy):
         super().__init__(model, world, plan)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = self._parameters[0].device
-        _compute_reproducibly(self._device)
         self._update = Update(replicated.optimizer_of(model, plan.optim), plan.optim, plan.precision)
         counts = world.gather_json(plan.slots, name="fixed.slots")
         self._slots = sum(counts)
@@ -59,6 +59,14 @@ class Fixed(Strategy):
     def step(
         self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish], loss_limit: float = math.inf
     ) -> StepStats:
+        with _reproducible(self._device):
+            return self._step(batch, lr, wish, loss_limit)
+
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        with _reproducible(self._device):
+            return super().loss(batch)
+
+    def _step(self, batch: StepBatch, lr: float, wish: Callable[[], Wish], loss_limit: float) -> StepStats:
         losses = self._backward(batch)
         statistics = torch.cat((losses, torch.tensor(wish(), dtype=torch.float64)))
         # Each loss is one rank's and zero on the others, so the order of ranks changes no bit.
@@ -134,10 +142,17 @@ class Fixed(Strategy):
         return torch.zeros(sum(p.numel() for p in self._parameters), device=self._device)
 
 
-def _compute_reproducibly(device: torch.device) -> None:
+@contextmanager
+def _reproducible(device: torch.device) -> Iterator[None]:
     """One thread; on a GPU also kernels whose sums have one order."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
     if device.type == "cuda":
-        # cuBLAS reads it at its first use, which is later than this.
+        # cuBLAS reads it at its first use in the process.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 import time
@@ -17,8 +16,6 @@ from hvdlm.config import EXIT_CRASH
 from hvdlm.parallel.strategy import Piece
 from hvdlm.run import checkpoint
 from hvdlm.run.snapshot import Snapshot, write_durably
-
-_NICENESS = 10
 
 
 @dataclass(frozen=True)
@@ -207,8 +204,6 @@ class _Save:
         return self._outcome | {"stall_s": time.perf_counter() - began_s, "snapshot_s": self._snapshot_s}
 
     def _run(self) -> None:
-        # On Linux a thread's own: it takes the cores that computing leaves, and all where the run waits.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         began_s = time.perf_counter()
         try:
             self._outcome = {"pieces": self._snapshot.records, "files": self._write()}
@@ -224,7 +219,10 @@ class _Save:
 
     def _write(self) -> dict[str, Any]:
         """The digests of this rank's files."""
-        files = {name: write_durably(self.temp / name, [content]) for name, content in self._small.items()}
+        files = {
+            name: write_durably(self.temp / name, content, len(content))
+            for name, content in self._small.items()
+        }
         if self._snapshot.records:
             files[self._snapshot.file] = self._snapshot.write(self.temp)
         return files

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
+import mmap
 import os
 import struct
 from collections.abc import Iterable
@@ -18,6 +21,9 @@ from hvdlm.data.files import write_exactly
 from hvdlm.parallel.strategy import Piece
 
 _CHUNK_BYTES = 2**22
+_PAGE_BYTES = 4096
+_DIRECT_BYTES = 2**22
+_LENGTH_BYTES = 8
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -37,7 +43,8 @@ class Snapshot:
     """Copies of this rank's pieces, and the safetensors file that holds them.
 
     The memory is kept from save to save: fresh pages cost as much as the copy. With pieces on a GPU
-    it is pinned.
+    it is pinned. A large file is laid out in whole pages, so that its memory can go to the disk past
+    the kernel's cache of files.
 
     Source: github.com/huggingface/safetensors, "Format": eight bytes of length, little-endian, a header
     in JSON, and the tensors' bytes without a gap.
@@ -49,18 +56,14 @@ class Snapshot:
         file: its name.
         records: of each piece, for the manifest: `name`, `dtype`, `global_shape`, and as `piece` where
             it lies.
+        file_bytes: size of the file.
     """
 
     def __init__(self, file: str) -> None:
         self.file = file
         self.records: list[dict[str, Any]] = []
-        self._header = b""
-        self._values = torch.empty(0, dtype=torch.uint8)
-
-    @property
-    def file_bytes(self) -> int:
-        """Size of the file."""
-        return len(self._header) + self._values.numel()
+        self.file_bytes = 0
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
     def take(self, pieces: Iterable[Piece]) -> None:
         """Copy the pieces, whatever happens to them later.
@@ -75,16 +78,21 @@ class Snapshot:
         for piece in ordered:
             size_bytes += piece.values.nbytes
             ends.append(size_bytes)
+        align = _PAGE_BYTES if size_bytes >= _DIRECT_BYTES else 8
+        header = _header(ordered, [record["piece"]["key"] for record in self.records], ends, align=align)
+        self.file_bytes = len(header) + size_bytes
         on_gpu = any(piece.values.is_cuda for piece in ordered)
-        if self._values.numel() != size_bytes or self._values.is_pinned() != on_gpu:
-            self._values = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+        memory_bytes = -(-self.file_bytes // align) * align
+        if self._memory.numel() != memory_bytes or self._memory.is_pinned() != on_gpu:
+            self._memory = _pages(memory_bytes, pinned=on_gpu)
+        self._memory[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        values = self._memory[len(header) :]
         for piece, end in zip(ordered, ends, strict=True):
             source = piece.values.detach()
-            copy = self._values[end - source.nbytes : end].view(source.dtype).view(source.shape)
+            copy = values[end - source.nbytes : end].view(source.dtype).view(source.shape)
             copy.copy_(source, non_blocking=on_gpu)
         if on_gpu:
             torch.cuda.synchronize()
-        self._header = _header(ordered, [record["piece"]["key"] for record in self.records], ends)
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write and fsync the file; needs no lock of Python's interpreter for long.
@@ -98,7 +106,7 @@ class Snapshot:
         if os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize < self.file_bytes:
             # Else what else the run writes would find the disk full before this one gives up.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write_durably(folder / self.file, [self._header, self._values.numpy().data])
+        return write_durably(folder / self.file, self._memory.numpy().data, self.file_bytes)
 
     def _record(self, piece: Piece) -> dict[str, Any]:
         shape = tuple(piece.values.shape)
@@ -116,8 +124,18 @@ class Snapshot:
         }
 
 
-def write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
+def write_durably(path: Path, memory: bytes | memoryview, size_bytes: int) -> dict[str, Any]:
     """Create a file, write it to its end, and fsync it.
+
+    A large one goes past the kernel's cache of files, where the file system can do so: filling the cache
+    takes a core for a second a GB, which others compute with.
+
+    Source: open(2), O_DIRECT: memory, offset and length are to be multiples of a block.
+
+    Args:
+        path: must not exist.
+        memory: begins with what is to be written; where that is large, whole pages.
+        size_bytes: of the file.
 
     Returns:
         Its `bytes` and `xxh3_128`.
@@ -125,26 +143,53 @@ def write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, 
     Raises:
         OSError: the file system refuses; the file is gone then.
     """
-    digest, offset = xxhash.xxh3_128(), 0
+    digest, view = xxhash.xxh3_128(), memoryview(memory)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        for part in parts:
-            for start in range(0, len(part), _CHUNK_BYTES):
-                chunk = memoryview(part)[start : start + _CHUNK_BYTES]
-                write_exactly(fd, chunk, offset)
-                digest.update(chunk)
-                offset += chunk.nbytes
+        if size_bytes >= _DIRECT_BYTES:
+            _set_direct(fd, os.O_DIRECT)
+        for start in range(0, len(view), _CHUNK_BYTES):
+            chunk = view[start : start + _CHUNK_BYTES]
+            _write(fd, chunk, start)
+            digest.update(chunk[: max(0, size_bytes - start)])
+        os.ftruncate(fd, size_bytes)
         os.fsync(fd)
     except OSError:
         path.unlink(missing_ok=True)
         raise
     finally:
         os.close(fd)
-    return {"bytes": offset, "xxh3_128": digest.hexdigest()}
+    return {"bytes": size_bytes, "xxh3_128": digest.hexdigest()}
 
 
-def _header(pieces: list[Piece], keys: list[str], ends: list[int]) -> bytes:
-    """What stands before the tensors' bytes; they begin at a multiple of eight."""
+def _write(fd: int, chunk: memoryview, offset: int) -> None:
+    try:
+        write_exactly(fd, chunk, offset)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # A file system that takes the flag and then not the write, or wrote a part of a block.
+        _set_direct(fd, 0)
+        write_exactly(fd, chunk, offset)
+
+
+def _set_direct(fd: int, flag: int) -> None:
+    # EINVAL where the file system cannot do it: then the cache is filled.
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETFL, flag)
+
+
+def _pages(size_bytes: int, *, pinned: bool) -> torch.Tensor:
+    """Memory that begins with a page, uint8 [size_bytes]."""
+    if pinned:
+        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+    if not size_bytes:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8)
+
+
+def _header(pieces: list[Piece], keys: list[str], ends: list[int], *, align: int) -> bytes:
+    """What stands before the tensors' bytes; its length is a multiple of `align`."""
     entries = {
         key: {
             "dtype": _DTYPES[piece.values.dtype],
@@ -154,5 +199,5 @@ def _header(pieces: list[Piece], keys: list[str], ends: list[int]) -> bytes:
         for piece, key, end in zip(pieces, keys, ends, strict=True)
     }
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + _LENGTH_BYTES) % align)
     return struct.pack("<Q", len(text)) + text

@@ -10,7 +10,7 @@ import torch
 from hvdlm.comm.world import World
 from hvdlm.run import restore
 from tests import helpers
-from tests.parallel.test_strategies import new_model, new_strategy
+from tests.parallel.test_strategies import never, new_model, new_strategy, step_batch
 
 FIXED = ("--parallel.strategy", "fixed", "--model.dropout", "0.1", "--train.steps", "12")
 # Of 6 slots the ranks' runs, 3 + 3 or 1 + 2 + 1 + 2, are no nodes of the tree.
@@ -74,8 +74,15 @@ def test_every_number_of_ranks_has_the_bits_of_one(
 def test_it_computes_with_one_thread(world: World, ranks: int) -> None:
     # The kernels of a tiny model do not split their sums, so its curve alone would not show it.
     torch.set_num_threads(2)
-    new_strategy("fixed", new_model(), world)
-    assert torch.get_num_threads() == 1
+    model, threads = new_model(), []
+    next(model.parameters()).register_hook(lambda _: threads.append(torch.get_num_threads()))
+    model.register_forward_pre_hook(lambda *_: threads.append(torch.get_num_threads()))
+    strategy = new_strategy("fixed", model, world)
+    batch = step_batch(1, world)
+    strategy.step(batch, 1e-3, wish=never)
+    strategy.loss(batch.slots[0].batch)
+    assert set(threads) == {1}
+    assert torch.get_num_threads() == 2, "others compute with theirs"
 
 
 def test_a_run_stopped_on_three_ranks_goes_on_on_two(

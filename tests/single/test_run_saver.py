@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from hvdlm.comm.world import AgreedError, World
 from hvdlm.config import UserError
 from hvdlm.parallel.strategy import Piece
 from hvdlm.run import checkpoint, restore
+from hvdlm.run import snapshot as snapshots
 from hvdlm.run.saver import Saver
 from hvdlm.run.snapshot import Snapshot
 from tests import helpers
@@ -58,6 +62,55 @@ def test_every_dtype_and_shape_is_read_by_safetensors(tmp_path: Path) -> None:
         assert torch.equal(found[name], values)
 
 
+@pytest.mark.parametrize("on", ["disk", "tmpfs"])
+def test_a_large_file_is_written_past_the_cache_where_that_is_possible(
+    on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole pages are written, and the file ends where its last tensor does."""
+    written, flags = [], []
+    write = snapshots.write_exactly
+
+    def watch(fd: int, chunk: memoryview, offset: int) -> None:
+        flags.append(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+        written.append((offset, chunk.nbytes))
+        write(fd, chunk, offset)
+
+    monkeypatch.setattr(snapshots, "write_exactly", watch)
+    disk = helpers.small_disk(tmp_path / "disk", size_kib=2**15) if on == "tmpfs" else nullcontext()
+    with disk:
+        folder = tmp_path / "disk" if on == "tmpfs" else tmp_path
+        tensors = {"a": torch.randn(2**20 + 1), "b": torch.arange(2**18 + 3, dtype=torch.int16)}
+        snapshot = Snapshot("rank-00000.safetensors")
+        snapshot.take(piece(name, values) for name, values in tensors.items())
+        digest = snapshot.write(folder)
+        content = (folder / "rank-00000.safetensors").read_bytes()
+        assert digest == {"bytes": len(content), "xxh3_128": xxhash.xxh3_128(content).hexdigest()}
+        found = load_file(folder / "rank-00000.safetensors")
+        assert all(torch.equal(found[name], values) for name, values in tensors.items())
+    assert all(offset % 4096 == 0 and count % 4096 == 0 for offset, count in written)
+    assert sum(count for _, count in written) >= len(content)
+    if on == "disk" and Path("/sys/fs/ext4").exists():
+        assert all(flags)
+
+
+def test_a_file_system_that_takes_no_direct_writes_after_all_gets_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = snapshots.write_exactly
+
+    def refuse(fd: int, chunk: memoryview, offset: int) -> None:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        write(fd, chunk, offset)
+
+    monkeypatch.setattr(snapshots, "write_exactly", refuse)
+    values = torch.randn(2**21)
+    snapshot = Snapshot("rank-00000.safetensors")
+    snapshot.take([piece("a", values)])
+    snapshot.write(tmp_path)
+    assert torch.equal(load_file(tmp_path / "rank-00000.safetensors")["a"], values)
+
+
 def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values, best = torch.arange(6.0), [{"step": 1, "val_loss": 2.0}]
     go_on = threading.Event()
@@ -90,7 +143,7 @@ def test_memory_is_kept_from_save_to_save(tmp_path: Path) -> None:
     places = set()
     for step in range(3):
         snapshot.take([piece("model.x", torch.full((2**20,), float(step)))])
-        places.add(snapshot._values.data_ptr())
+        places.add(snapshot._memory.data_ptr())
     assert len(places) == 1
     snapshot.write(tmp_path)
     assert load_file(tmp_path / "rank-00000.safetensors")["model.x"][0] == 2
