@@ -1,0 +1,1 @@
+"""A run as jobs of a Slurm cluster: one file a subcommand."""
