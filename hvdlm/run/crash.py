@@ -55,6 +55,22 @@ def end_job(
         world.abort(exit_code)
 
 
+def leave_together(command: str, error: UserError, world: World, *, run_folder: Path, attempt: int) -> None:
+    """Report an error that every rank has, on rank 0; all leave in order.
+
+    Args:
+        command: its name, for the message.
+        error: the same on all ranks.
+        world: that leave.
+        run_folder: where the failure is recorded.
+        attempt: number of this start of the run; 0 = it has none yet, and nothing is recorded.
+    """
+    if world.is_root:
+        print(f"hvdlm {command}: error: {error}", file=sys.stderr, flush=True)
+        if attempt:
+            record(run_folder, attempt=attempt, rank=0, exit_code=error.exit_code, error=str(error))
+
+
 def record(run_folder: Path, *, attempt: int, rank: int, exit_code: int, error: str) -> None:
     """Write the failure down; where that fails too, on a full disk say, tell so."""
     try:
