@@ -47,7 +47,7 @@ def init(launch: Launch, settings: Mapping[str, str], *, meeting: Path | None = 
 
     Collective: yes.
     """
-    meets = needs_meeting(launch, os.environ)
+    meets = needs_meeting(launch, {**os.environ, **settings})
     if meets and meeting is None:
         raise UserError(
             f"launch: srun started {launch.size} tasks without PMIx, so each would work alone; use "

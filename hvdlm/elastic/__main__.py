@@ -32,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m hvdlm.elastic",
-        description="Train on hosts that come and go: one that is lost or leaves costs at most the step it was "
-        "in. In a Slurm job all its nodes take part, else this machine; others join by --join RUN. "
+        description="Train on hosts that come and go: one that is lost or leaves costs a step at most. "
+        "In a Slurm job all its nodes take part, else this machine; others join by --join RUN. "
         "All other arguments are those of python -m hvdlm.train.",
         allow_abbrev=False,
     )

@@ -39,7 +39,7 @@ class Carry:
             attempt=last + 1,
             checkpoint="",
             step=self.progress.step,
-            notes=[f"goes on in memory after step {self.progress.step}"],
+            notes=[],
             course=self.progress.course,
             best=self.progress.best,
         )

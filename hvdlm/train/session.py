@@ -155,6 +155,8 @@ def open_session(
     if ranks.is_root:
         reports = _open_reports(config, run_folder, start, ranks=ranks, model=model)
         about_data = sizes(config, agreed.sources, start, windows=loader.windows, ranks=ranks)
+        # Of every further world of an elastic run this is known.
+        about_data = [] if agreed.progress else about_data
         for line in [*headline(config, run_folder, start, ranks=ranks, model=model), *about_data, *notes]:
             reports.metrics.say(line)
     return Session(

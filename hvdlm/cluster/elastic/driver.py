@@ -65,7 +65,8 @@ class Driver:
                 self.roster.look(time.monotonic())
                 news, self.roster.news = self.roster.news, []
                 present = self.roster.generation
-                over = self.roster.end_code is not None and not self.roster.workers
+                # Hosts that are still there have not heard of it.
+                over = self.roster.end_code is not None and not (self.roster.workers or self.roster.agents)
             for line in news:
                 say(line)
             if present > generation + 1:

@@ -17,6 +17,7 @@ class Policy:
         first_workers: how many the first world waits for, at most `start_wait_s`.
         settle_s: joiners are taken in when the last one has been ready for so long.
         agent_silent_s: a host without a sign of life is lost.
+        broken_silent_s: so it is sooner where a world broke, which it may be the cause of.
         worker_silent_s: so is a worker, which its host otherwise vouches for.
         first_wait_s: before a slot whose worker died is filled again; doubled each time.
         longest_wait_s: and at most so long.
@@ -27,7 +28,8 @@ class Policy:
     first_workers: int = 1
     start_wait_s: float = 120.0
     settle_s: float = 2.0
-    agent_silent_s: float = 6.0
+    agent_silent_s: float = 10.0
+    broken_silent_s: float = 3.0
     worker_silent_s: float = 30.0
     first_wait_s: float = 5.0
     longest_wait_s: float = 300.0

@@ -69,17 +69,16 @@ class Roster:
             self.news.append(f"host {agent.host} joins with {agent.slots} worker(s)")
         agent.heard_s = now_s
         if message["leaving"] and not agent.leaving:
-            agent.leaving = message["leaving"]
-            if agent.job == self._job:
-                self.stop(f"{agent.leaving} on {agent.host}")
-            else:
-                self.news.append(f"host {agent.host} leaves: {agent.leaving}")
+            self._leaves(agent, message["leaving"])
         for worker, code in message["exited"].items():
             self._exited(worker, code, now_s)
         if not (agent.leaving or self.stop_reason or self.end_code is not None):
             self._fill(agent, now_s)
         runs = [w.name for w in self.workers.values() if w.agent is agent]
-        return {"run": runs, "end": not runs and (self.end_code is not None or bool(agent.leaving))}
+        ends = not runs and (self.end_code is not None or bool(agent.leaving))
+        if ends:
+            del self.agents[name]
+        return {"run": runs, "end": ends}
 
     def hear_worker(self, message: dict[str, Any], now_s: float) -> dict[str, Any]:
         """A sign of life of a worker, and what it is to do.
@@ -110,8 +109,10 @@ class Roster:
 
     def look(self, now_s: float) -> None:
         """Drop who is silent, and form a world where it is time."""
+        came_back = [w for w in self._alive_members() if w.waiting and w.generation == self.generation]
+        silent_s = self._policy.broken_silent_s if came_back else self._policy.agent_silent_s
         for agent in list(self.agents.values()):
-            if now_s - agent.heard_s > self._policy.agent_silent_s:
+            if now_s - agent.heard_s > silent_s:
                 self._lose_agent(agent, now_s)
         for worker in list(self.workers.values()):
             if worker.heard_s and now_s - worker.heard_s > self._policy.worker_silent_s:
@@ -181,6 +182,16 @@ class Roster:
         # Where one was lost before all had come, another world has to be formed.
         whole = len(members) == len(self._members)
         return place_of(worker, members) | {"generation": self.generation} if whole else None
+
+    def _leaves(self, agent: Agent, why: str) -> None:
+        """A host must go: the others go on, where there are others."""
+        agent.leaving = why
+        others = any(not w.agent.leaving for w in self._alive_members())
+        if (agent.job and agent.job == self._job) or not others:
+            # The whole job is ending, or nobody is left to remember what is on no disk.
+            self.stop(f"{why} on {agent.host}")
+        else:
+            self.news.append(f"host {agent.host} leaves: {why}")
 
     def _fill(self, agent: Agent, now_s: float) -> None:
         """Have a worker started in each slot that has none."""
