@@ -125,7 +125,7 @@ class Machine:
 
         Args:
             node: its name.
-            unplug: first take it off the network, so that nobody is told, not even by the closing of a connection.
+            unplug: off the network first, so that nobody is told, not even by the closing of a connection.
         """
         if unplug:
             self._link(node, "down")
