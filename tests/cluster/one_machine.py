@@ -171,7 +171,7 @@ class Machine:
         return {*done.stdout.split()}
 
     def _network(self, place: str) -> str:
-        return f"/proc/{self._first}/root/run/netns/{place}"
+        return str(Path("/proc", str(self._first), "root", "run", "netns", place))
 
     def _link(self, node: str, state: str) -> None:
         if self.own_network:
