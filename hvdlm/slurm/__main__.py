@@ -7,8 +7,9 @@ import sys
 from types import ModuleType
 
 from hvdlm.config import run_command
+from hvdlm.slurm import preflight
 
-SUBCOMMANDS: dict[str, ModuleType] = {}
+SUBCOMMANDS: dict[str, ModuleType] = {"preflight": preflight}
 """Each has a docstring, `add_arguments(parser)` and `run(args) -> exit code`."""
 
 

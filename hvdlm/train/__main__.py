@@ -25,7 +25,7 @@ from hvdlm.config import (
     run_command,
     total_steps,
 )
-from hvdlm.config.parse import DEFAULT_RECIPE, load_config
+from hvdlm.config.parse import DEFAULT_RECIPE, load_config, run_folder
 from hvdlm.corpus import demo
 from hvdlm.parallel.choice import FILE, choose
 from hvdlm.run import crash, exit_record
@@ -55,10 +55,10 @@ def main(argv: list[str] | None = None) -> int:
         gpus=torch.cuda.device_count(),
         timeline=config.log.timeline,
     )
-    run_folder = Path(f"data/runs/{recipe}" if config.train.out == "auto" else config.train.out)
+    folder = run_folder(config, recipe)
     # Before MPI starts, as it takes a process.
     job_end_unix = _job_end_unix() if here.rank == 0 else 0.0
-    return _run(config, run_folder, world.init(here, settings, meeting=run_folder), job_end_unix=job_end_unix)
+    return _run(config, folder, world.init(here, settings, meeting=folder), job_end_unix=job_end_unix)
 
 
 def _prepare_demo(config: RunConfig, recipe: str, here: launch.Launch) -> None:
