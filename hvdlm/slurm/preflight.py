@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -31,7 +32,6 @@ _NUMBERS = (
     ("--free-gib", 5.0, "space that run folder and TMPDIR need"),
     ("--slow", 0.5, "a node below this share of the median is slow; 0: none is"),
 )
-_SELF = (sys.executable, "-m", "hvdlm.slurm", "preflight")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,11 +92,14 @@ def line(one: NodeFinding) -> str:
 
 
 def _plan(args: argparse.Namespace, nodes: tuple[str, ...], folder: Path) -> Plan:
-    launcher = Launcher(args.mpi, (*_SELF, "--part", "rank"), folder / FOLDER)
+    # What the site's file puts before python; in it this interpreter has the same path.
+    container = shlex.split(os.environ.get("HVDLM_CONTAINER", ""))
+    own = (*container, sys.executable, "-m", "hvdlm.slurm", "preflight", "--part")
+    launcher = Launcher(args.mpi, (*own, "rank"), folder / FOLDER)
     return Plan(
         nodes=nodes,
         run_folder=folder,
-        on_node=(*_SELF, "--part", "node"),
+        on_node=(*own, "node"),
         launcher=None if args.mpi == "off" else launcher,
         arguments=tuple(args.arguments),
         limits=Limits(args.skew_s, args.free_gib, args.slow),

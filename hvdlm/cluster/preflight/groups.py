@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,9 @@ class Launcher:
         env = {"OMP_NUM_THREADS": "1"}
         if os.geteuid() == 0:
             env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        return _spoken(run_bounded(command, limit_s=limit_s, more_env=env), nodes)
+        outcome = run_bounded(command, limit_s=limit_s, more_env=env)
+        shutil.rmtree(meeting, ignore_errors=True)
+        return _spoken(outcome, nodes)
 
 
 def _spoken(outcome: Outcome, nodes: Sequence[str]) -> Spoken:
