@@ -59,6 +59,11 @@ def load_resolved(path: Path) -> RunConfig:
     return load_config(["--config", str(path)], prog="hvdlm")[0]
 
 
+def run_folder(config: RunConfig, recipe: str) -> Path:
+    """Where a run of this configuration lies: `train.out`, else `data/runs/RECIPE`."""
+    return Path(f"data/runs/{recipe}" if config.train.out == "auto" else config.train.out)
+
+
 def to_toml(config: RunConfig) -> str:
     """Every knob of a configuration as TOML, in the order of its declaration."""
     parser = _parser("hvdlm")

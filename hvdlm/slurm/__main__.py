@@ -7,8 +7,9 @@ import sys
 from types import ModuleType
 
 from hvdlm.config import run_command
+from hvdlm.slurm import conclude, gate
 
-SUBCOMMANDS: dict[str, ModuleType] = {}
+SUBCOMMANDS: dict[str, ModuleType] = {"gate": gate, "conclude": conclude}
 """Each has a docstring, `add_arguments(parser)` and `run(args) -> exit code`."""
 
 

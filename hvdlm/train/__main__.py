@@ -25,10 +25,10 @@ from hvdlm.config import (
     run_command,
     total_steps,
 )
-from hvdlm.config.parse import DEFAULT_RECIPE, load_config
+from hvdlm.config.parse import DEFAULT_RECIPE, load_config, run_folder
 from hvdlm.corpus import demo
 from hvdlm.parallel.choice import FILE, choose
-from hvdlm.run import crash, exit_record
+from hvdlm.run import crash, exit_record, jobs
 from hvdlm.run.folder import Start
 from hvdlm.train.agree import agree_on_start
 from hvdlm.train.headline import timeline_path
@@ -55,10 +55,10 @@ def main(argv: list[str] | None = None) -> int:
         gpus=torch.cuda.device_count(),
         timeline=config.log.timeline,
     )
-    run_folder = Path(f"data/runs/{recipe}" if config.train.out == "auto" else config.train.out)
+    folder = run_folder(config, recipe)
     # Before MPI starts, as it takes a process.
     job_end_unix = _job_end_unix() if here.rank == 0 else 0.0
-    return _run(config, run_folder, world.init(here, settings, meeting=run_folder), job_end_unix=job_end_unix)
+    return _run(config, folder, world.init(here, settings, meeting=folder), job_end_unix=job_end_unix)
 
 
 def _prepare_demo(config: RunConfig, recipe: str, here: launch.Launch) -> None:
@@ -123,7 +123,7 @@ def _say_finished(run_folder: Path, start: Start, ranks: World) -> int:
             how = f"after step {steps} the validation loss stood still at optim.min_lr (schedule plateau)"
         print(f"{run_folder}: finished, {how}", flush=True)
         # The last start may have died between its last checkpoint and its last word.
-        reason = "plateau" if early else "all steps"
+        reason = exit_record.PLATEAU if early else exit_record.ALL_STEPS
         last = start.attempt - 1
         exit_record.write(run_folder, "done", attempt=last, step=steps, exit_code=EXIT_DONE, reason=reason)
     return EXIT_DONE
@@ -135,6 +135,8 @@ def _leave_together(error: AgreedError, run_folder: Path, attempt: int, ranks: W
         print(f"hvdlm train: error: {error}", file=sys.stderr, flush=True)
         if attempt:
             crash.record(run_folder, attempt=attempt, rank=0, exit_code=error.exit_code, error=str(error))
+        else:
+            jobs.note_refusal(run_folder, os.environ, exit_code=error.exit_code, error=str(error))
     ranks.close()
     return error.exit_code
 
