@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo lint test clean
+.PHONY: help install demo lint test test-long clean
 
 # The virtual environment, and what else ./install.sh takes, such as INSTALL_FLAGS="--mpi wheel".
 PREFIX ?= .venv
@@ -11,7 +11,7 @@ IN_ENV = . $(PREFIX)/bin/activate;
 RUN = data/runs/demo
 
 help:  ## these lines
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1	\2/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1	\2/p' Makefile | expand -t 16
 
 install:  ## the virtual environment in PREFIX (.venv), with Horovod built for this machine's MPI
 	@./install.sh --prefix $(PREFIX) $(INSTALL_FLAGS)
@@ -28,8 +28,11 @@ lint: install  ## formatting, style, import layers, types
 	@$(IN_ENV) lint-imports
 	@$(IN_ENV) mypy
 
-test: lint  ## lint and the whole test suite
-	@$(IN_ENV) python -m pytest
+test: lint  ## lint and every test of a few seconds
+	@$(IN_ENV) python -m pytest -m "not long"
+
+test-long: install  ## the tests that take long: faults by the dozen on a real Slurm, about an hour
+	@$(IN_ENV) python -m pytest -m long
 
 clean:  ## remove the environment, caches and what the commands wrote to data/ by default
 	rm -rf $(PREFIX) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build *.egg-info data/demo data/runs

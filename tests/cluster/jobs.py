@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def srun(tasks: int, *more: str) -> list[str]:
-    """A step that is spread over both nodes where it has several tasks."""
+    """A step that is spread over two nodes where it has several tasks."""
     return ["srun", f"--ntasks={tasks}", f"--nodes={min(tasks, 2)}", *more]
 
 

@@ -1,4 +1,4 @@
-"""Preprocessing under srun, as a job array and in batch jobs, on a real Slurm of two nodes."""
+"""Preprocessing under srun, as a job array and in batch jobs, on a real Slurm of several nodes."""
 
 from __future__ import annotations
 
