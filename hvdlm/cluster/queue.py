@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import getpass
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from hvdlm.cluster.bounded import run_bounded
+from hvdlm.cluster.bounded import MARK, run_bounded
 
 ASK_LIMIT_S = 15.0
 
@@ -53,12 +53,14 @@ class OwnJob:
     Attributes:
         number: '' outside of any job.
         submitted_unix: when it was handed in; 0 where the controller gave no answer.
+        ends_unix: when its time is over; 0 = never, or not known.
         log: where its output goes; '' where that is not known.
         trouble: why there was no answer.
     """
 
     number: str = ""
     submitted_unix: float = 0.0
+    ends_unix: float = 0.0
     log: str = ""
     trouble: str = ""
 
@@ -73,9 +75,9 @@ def own_job(env: Mapping[str, str]) -> OwnJob:
     )
     if outcome.code != 0:
         return OwnJob(number, trouble=f"scontrol: {outcome.reason}")
-    submitted = re.search(r" SubmitTime=(\d+)", outcome.output)
+    submitted, ends = (_time(name, outcome.output) for name in ("SubmitTime", "EndTime"))
     log = re.search(r" StdOut=(.*?)(?: \w+=|\s*$)", outcome.output)
-    return OwnJob(number, float(submitted[1]) if submitted else 0.0, log[1] if log else "")
+    return OwnJob(number, submitted, ends, log[1] if log else "")
 
 
 def queued(name: str = "", *, numbers: tuple[str, ...] = ()) -> list[QueuedJob] | None:
@@ -100,6 +102,37 @@ def cancel(jobs: list[QueuedJob]) -> str:
         return ""
     outcome = run_bounded(["scancel", *(job.number for job in jobs)], limit_s=ASK_LIMIT_S)
     return "" if outcome.code == 0 else f"scancel: {outcome.reason}"
+
+
+def hand_in(arguments: Sequence[str], *, env: Mapping[str, str]) -> tuple[str, str]:
+    """Call sbatch.
+
+    Args:
+        arguments: its options, the script, and the script's arguments.
+        env: variables on top of this process's own.
+
+    Returns:
+        The job's number, or '' and why there is none.
+    """
+    # The job inherits sbatch's environment: with the mark in it the job would count as a child of this
+    # process, and be killed with it. So it is `timeout` that bounds sbatch.
+    command = ["env", "-u", MARK, "timeout", f"{ASK_LIMIT_S:g}", "sbatch", "--parsable", *arguments]
+    outcome = run_bounded(command, limit_s=2 * ASK_LIMIT_S, more_env=env)
+    number = outcome.output.strip().splitlines()[-1].partition(";")[0] if outcome.code == 0 else ""
+    return (number, "") if number.isdigit() else ("", f"sbatch: {outcome.reason}")
+
+
+def try_out(arguments: Sequence[str], *, env: Mapping[str, str]) -> tuple[bool, str]:
+    """`sbatch --test-only`: whether Slurm would take the job, and what it says."""
+    outcome = run_bounded(["sbatch", "--test-only", *arguments], limit_s=ASK_LIMIT_S, more_env=env)
+    said = outcome.output.strip().splitlines()
+    return outcome.code == 0, outcome.trouble or (said[-1].removeprefix("sbatch: ") if said else "")
+
+
+def mpi_types() -> list[str]:
+    """What `srun --mpi` takes here; none where srun does not answer."""
+    outcome = run_bounded(["srun", "--mpi=list"], limit_s=ASK_LIMIT_S)
+    return re.findall(r"\b(?:none|openmpi|cray_shasta|pmi\w*)\b", outcome.output) if outcome.code == 0 else []
 
 
 def requeue(number: str) -> str:
@@ -136,6 +169,11 @@ def _parse(line: str) -> QueuedJob:
         int(nodes) if nodes.isdigit() else 0,
         name,
     )
+
+
+def _time(name: str, shown: str) -> float:
+    found = re.search(rf" {name}=(\d+)", shown)
+    return float(found[1]) if found else 0.0
 
 
 def _unix(text: str) -> float:

@@ -6,7 +6,9 @@ that ended before a start began.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +37,13 @@ def note(run_folder: Path, job: str, event: str, **fields: Any) -> None:
         file.write(
             json.dumps({"job": job, "event": event, **fields, "time_unix": round(time.time(), 3)}) + "\n"
         )
+
+
+def job_name(run_folder: Path) -> str:
+    """The name of a run's jobs, by which Slurm runs one of them at a time: no other run has it."""
+    path = run_folder.resolve()
+    word = re.sub(r"[^\w.-]", "-", path.name)[:40]
+    return f"hvdlm-{word}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
 
 
 def note_refusal(run_folder: Path, env: Mapping[str, str], *, exit_code: int, error: str) -> None:

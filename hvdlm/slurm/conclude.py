@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ.get("SLURM_JOB_ID", ""),
     )
     mine = [row for row in jobs.rows(folder) if row["job"] == number]
-    begun = next((row for row in reversed(mine) if row["event"] == jobs.BEGUN), {})
+    begun: dict[str, Any] = next((row for row in reversed(mine) if row["event"] == jobs.BEGUN), {})
     refusal = mine[-1] if mine and mine[-1]["event"] == jobs.REFUSED else None
     record = exit_record.read(folder)
     began = record.get("time_unix", 0.0) != begun.get("exit_record_unix", 0.0)

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     submitted_unix = job.submitted_unix or time.time()
     forbids = what_forbids(folder, steps=total_steps(config), submitted_unix=submitted_unix)
     if forbids:
-        _say(f"{folder}: {forbids.why}; this job does not train: {forbids.kind}")
+        _say(f"{folder}: {forbids.kind}: {forbids.why}; this job does not train")
         print(forbids.exit_code, flush=True)
         return 0
     _take_old_wish(folder / stop.STOP_FILE, folder / LEASE_FILE)
@@ -62,7 +62,9 @@ def _take_old_wish(wish: Path, lease: Path) -> None:
 def _note(folder: Path, job: OwnJob) -> None:
     before = exit_record.read(folder).get("time_unix", 0.0)
     try:
-        jobs.note(folder, job.number, jobs.BEGUN, log=job.log, exit_record_unix=before)
+        jobs.note(
+            folder, job.number, jobs.BEGUN, log=job.log, ends_unix=job.ends_unix, exit_record_unix=before
+        )
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be written: {error.strerror}; choose another train.out", EXIT_CRASH
