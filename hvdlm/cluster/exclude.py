@@ -28,7 +28,7 @@ def nodes_of_job(env: Mapping[str, str]) -> tuple[str, ...]:
     """
     names = env.get("SLURM_JOB_NODELIST", "")
     if not names:
-        raise UserError("preflight: found no Slurm job, needed one; start it in a batch script or in salloc")
+        raise UserError("preflight: found no Slurm job, needed one; start it in a batch script or salloc")
     outcome = run_bounded(["scontrol", "show", "hostnames", names], limit_s=_LIMIT_S)
     if outcome.code != 0:
         raise UserError(f"preflight: scontrol show hostnames {names}: {outcome.reason}", exit_code=1)

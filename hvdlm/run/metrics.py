@@ -16,9 +16,8 @@ from tqdm import tqdm
 from hvdlm.config import UserError
 from hvdlm.parallel.strategy import StepStats
 from hvdlm.run.ledger import end_last_line
+from hvdlm.run.progress import METRICS_FILE
 from hvdlm.run.spikes import is_spike
-
-FILE_NAME = "metrics.jsonl"
 
 # Dense bf16 peak of one GPU in FLOP/s, from its maker's data sheet.
 _PEAK_FLOPS = {
@@ -54,8 +53,8 @@ class Metrics:
         flops_per_token: int,
         world_size: int,
     ) -> None:
-        end_last_line(run_folder / FILE_NAME)
-        self._file = (run_folder / FILE_NAME).open("a", encoding="utf-8")
+        end_last_line(run_folder / METRICS_FILE)
+        self._file = (run_folder / METRICS_FILE).open("a", encoding="utf-8")
         self._attempt = attempt
         self._steps = steps
         self._tokens_per_step = tokens_per_step

@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mpi",
         metavar="TYPE",
-        default="none",
-        help="how to start the all-reduce: a type of srun --mpi (none: by Gloo), mpirun, or off",
+        default=os.environ.get("HVDLM_MPI", "pmix"),
+        help="how to start the all-reduce: a type of srun --mpi (none: Gloo), mpirun, off (HVDLM_MPI, pmix)",
     )
     for name, default, meaning in _NUMBERS:
         parser.add_argument(name, type=float, metavar="N", default=default, help=f"{meaning} (%(default)g)")

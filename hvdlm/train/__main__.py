@@ -28,7 +28,7 @@ from hvdlm.config import (
 from hvdlm.config.parse import DEFAULT_RECIPE, load_config, run_folder
 from hvdlm.corpus import demo
 from hvdlm.parallel.choice import FILE, choose
-from hvdlm.run import crash, exit_record
+from hvdlm.run import crash, exit_record, jobs
 from hvdlm.run.folder import Start
 from hvdlm.train.agree import agree_on_start
 from hvdlm.train.headline import timeline_path
@@ -123,7 +123,7 @@ def _say_finished(run_folder: Path, start: Start, ranks: World) -> int:
             how = f"after step {steps} the validation loss stood still at optim.min_lr (schedule plateau)"
         print(f"{run_folder}: finished, {how}", flush=True)
         # The last start may have died between its last checkpoint and its last word.
-        reason = "plateau" if early else "all steps"
+        reason = exit_record.PLATEAU if early else exit_record.ALL_STEPS
         last = start.attempt - 1
         exit_record.write(run_folder, "done", attempt=last, step=steps, exit_code=EXIT_DONE, reason=reason)
     return EXIT_DONE
@@ -135,6 +135,8 @@ def _leave_together(error: AgreedError, run_folder: Path, attempt: int, ranks: W
         print(f"hvdlm train: error: {error}", file=sys.stderr, flush=True)
         if attempt:
             crash.record(run_folder, attempt=attempt, rank=0, exit_code=error.exit_code, error=str(error))
+        else:
+            jobs.note_refusal(run_folder, os.environ, exit_code=error.exit_code, error=str(error))
     ranks.close()
     return error.exit_code
 

@@ -169,7 +169,7 @@ def _finish(s: Session, step: int, exit_code: int, *, course: Course) -> int:
             attempt=s.agreed.start.attempt,
             step=step,
             exit_code=exit_code,
-            reason="plateau" if course.plateau.finished else "all steps",
+            reason=exit_record.PLATEAU if course.plateau.finished else exit_record.ALL_STEPS,
         )
     s.close()
     return exit_code

@@ -177,11 +177,12 @@ def test_each_rank_meets_up_to_three_others_one_at_a_time(ranks: int) -> None:
 
 
 def test_a_node_answers_until_its_stdin_ends_whatever_it_is_asked(tmp_path: Path) -> None:
+    here = str(tmp_path / "run")
     questions = [
         {"question": "clock"},
         {"question": "space", "folders": [str(tmp_path / "missing")]},
         {"question": "riddle"},
-        {"question": "write", "folder": str(tmp_path / "run"), "name": "n1", "text": "x"},
+        {"question": "write", "folder": here, "name": "n1", "text": "x"},
         {
             "question": "read",
             "folder": str(tmp_path / "run"),
@@ -232,5 +233,5 @@ def test_outside_a_job_it_is_one_line() -> None:
     )
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "hvdlm slurm: error: preflight: found no Slurm job, needed one; start it in a batch script or in salloc"
+        "hvdlm slurm: error: preflight: found no Slurm job, needed one; start it in a batch script or salloc"
     ]
