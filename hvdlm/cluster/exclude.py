@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hvdlm.cluster.bounded import Outcome, run_bounded
+from hvdlm.cluster.queue import ASK_LIMIT_S, queued
 from hvdlm.config import UserError
 
 _FILE = "excluded.json"
-_LIMIT_S = 20.0
 
 
 def nodes_of_job(env: Mapping[str, str]) -> tuple[str, ...]:
@@ -29,7 +29,7 @@ def nodes_of_job(env: Mapping[str, str]) -> tuple[str, ...]:
     names = env.get("SLURM_JOB_NODELIST", "")
     if not names:
         raise UserError("preflight: found no Slurm job, needed one; start it in a batch script or salloc")
-    outcome = run_bounded(["scontrol", "show", "hostnames", names], limit_s=_LIMIT_S)
+    outcome = run_bounded(["scontrol", "show", "hostnames", names], limit_s=ASK_LIMIT_S)
     if outcome.code != 0:
         raise UserError(f"preflight: scontrol show hostnames {names}: {outcome.reason}", exit_code=1)
     return tuple(outcome.output.split())
@@ -60,11 +60,15 @@ def exclude(bad: Sequence[str], folder: Path, env: Mapping[str, str], *, most: i
             f"{most}; look for one cause of all of them, then remove the file",
             exit_code=1,
         )
-    jobs = _successors(env)
+    name = env.get("SLURM_JOB_NAME", "")
+    known = queued(name)
+    if known is None:
+        raise UserError("preflight: squeue does not answer; submit again later", exit_code=1)
+    jobs = [job.number for job in known if job.waits]
     if not jobs:
         raise UserError(
-            f"preflight: no job named {env.get('SLURM_JOB_NAME', '')} is queued behind this one to leave out "
-            f"{names}; submit it again with sbatch --exclude={names}",
+            f"preflight: no job named {name} is queued behind this one to leave out {names}; submit it again "
+            f"with sbatch --exclude={names}",
             exit_code=1,
         )
     for job in jobs:
@@ -82,19 +86,15 @@ def excluded(folder: Path) -> list[str]:
         return []
 
 
-def _successors(env: Mapping[str, str]) -> list[str]:
-    name = env.get("SLURM_JOB_NAME", "")
-    query = ["squeue", "--noheader", "--states=PENDING", f"--name={name}", "--format=%A", "--me"]
-    return _done(run_bounded(query, limit_s=_LIMIT_S), "squeue").split()
-
-
 def _update(job: str, nodes: Sequence[str]) -> None:
-    shown = _done(run_bounded(["scontrol", "--oneliner", "show", "job", job], limit_s=_LIMIT_S), "scontrol")
+    shown = _done(
+        run_bounded(["scontrol", "--oneliner", "show", "job", job], limit_s=ASK_LIMIT_S), "scontrol"
+    )
     own = re.search(r" ExcNodeList=(\S+)", shown)
     kept = [own[1]] if own and own[1] != "(null)" else []
     # Slurm reads a list of names and of ranges of names, and names in it twice.
     update = ["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*kept, *nodes])}"]
-    _done(run_bounded(update, limit_s=_LIMIT_S), " ".join(update))
+    _done(run_bounded(update, limit_s=ASK_LIMIT_S), " ".join(update))
 
 
 def _done(outcome: Outcome, what: str) -> str:
