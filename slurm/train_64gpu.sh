@@ -42,8 +42,8 @@ die() {
     exit 2
 }
 
-# ---- the site: by name (slurm/sites/NAME.env beside the folder of sbatch) or by path. Slurm runs a copy of
-# this script from a folder of its own, so nothing can be found from where it lies.
+# ---- the site: by name (slurm/sites/NAME.env where sbatch was called) or by path. Slurm runs a copy of this
+# script from a folder of its own, so nothing can be found from where it lies.
 site=${HVDLM_SITE:-generic}
 [[ $site == */* ]] || site=$SLURM_SUBMIT_DIR/slurm/sites/$site.env
 [[ -r $site ]] || die "no site file $site; call sbatch in the checkout, or set HVDLM_SITE to the file's path"
@@ -62,6 +62,7 @@ if [[ -n ${HVDLM_MODULES:-} ]]; then
     set -u
 fi
 if [[ -n ${HVDLM_ENV:-} ]]; then
+    # shellcheck source=/dev/null
     . "$HVDLM_ENV/bin/activate"
 fi
 read -ra container <<<"${HVDLM_CONTAINER:-}"
@@ -71,6 +72,12 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # Slurm 22.05 to 23.02: srun does not take it from sbatch.
 export PYTHONFAULTHANDLER=1                         # A rank that dies of a signal prints where it was.
 export HDF5_USE_FILE_LOCKING=FALSE                  # Lustre and NFS often refuse locks; nothing here needs any.
+
+# What Slurm knows of this job, once for all ranks: releases before 23.02 tell a job little of it, and a
+# container has no scontrol.
+HVDLM_JOB=$(SLURM_TIME_FORMAT=%s timeout 30 scontrol --oneliner show job "$SLURM_JOB_ID") || HVDLM_JOB=
+export HVDLM_JOB
+if [[ $HVDLM_JOB =~ \ EndTime=([0-9]+) ]]; then export SLURM_JOB_END_TIME=${BASH_REMATCH[1]}; fi
 
 on_every_node() {
     srun --mpi=none --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 "$@"
@@ -86,13 +93,27 @@ fi
 answer=$("${container[@]}" python -m hvdlm.slurm gate -- "$@")
 [[ $answer == train ]] || exit "$answer"
 
+mpi=${HVDLM_MPI:-pmix}
+code=0
 if [[ ${HVDLM_PREFLIGHT:-0} == 1 ]]; then
-    on_every_node "${container[@]}" python -m hvdlm.slurm preflight -- "$@"
+    "${container[@]}" python -m hvdlm.slurm preflight --mpi "$mpi" --on-bad exclude -- "$@" || code=$?
+fi
+
+# ---- the environment on the nodes' own disks: hundreds of processes that import from a shared file system at
+# once keep it busy for minutes. HVDLM_ENV_TAR is made by: tar -C "$HVDLM_ENV" -cf hvdlm-env.tar .
+shared_path=$PATH
+if [[ -n ${HVDLM_ENV_TAR:-} ]]; then
+    copy=${TMPDIR:-/tmp}/hvdlm-env-$SLURM_JOB_ID
+    sbcast --force "$HVDLM_ENV_TAR" "$copy.tar"
+    # shellcheck disable=SC2016 # For the other shell.
+    on_every_node bash -c 'mkdir -p "$0" && tar -C "$0" -xf "$0.tar" && rm "$0.tar"' "$copy"
+    PATH=$copy/bin:$PATH
 fi
 
 # ---- the ranks
-code=0
-if [[ ${HVDLM_MPI:-pmix} == mpirun ]]; then
+if ((code)); then
+    echo "train_64gpu.sh: the preflight ended with $code: no ranks are started" >&2
+elif [[ $mpi == mpirun ]]; then
     # A preemption sends TERM to all processes of the nodes. Open MPI's daemons would kill the ranks a second
     # later, so they are made deaf to it (coreutils 8.31); the ranks hear it, save, and end the rest.
     deaf=
@@ -102,10 +123,28 @@ if [[ ${HVDLM_MPI:-pmix} == mpirun ]]; then
     $deaf mpirun --map-by "ppr:$SLURM_NTASKS_PER_NODE:node" --bind-to none \
         "${container[@]}" python -m hvdlm.train "$@" || code=$?
 else
-    srun --mpi="${HVDLM_MPI:-pmix}" --label --unbuffered --kill-on-bad-exit=1 --wait=120 \
-        --cpu-bind=cores --gpu-bind=none "${container[@]}" python -m hvdlm.train "$@" || code=$?
+    srun --mpi="$mpi" --label --unbuffered --kill-on-bad-exit=1 --wait=120 --cpu-bind=cores --gpu-bind=none \
+        "${container[@]}" python -m hvdlm.train "$@" || code=$?
+fi
+
+if [[ -n ${copy:-} ]]; then
+    PATH=$shared_path
+    on_every_node rm -rf "$copy" || true
 fi
 
 # ---- how it ended: srun and mpirun give codes of their own where they ended ranks; exit.json has the true one.
-# Where a start may go on from there and no successor is queued, this queues the job again.
-exec "${container[@]}" python -m hvdlm.slurm conclude --launcher-code "$code" -- "$@"
+# The answer is `again` where another start would go on from there.
+launcher=$code code=0
+answer=$("${container[@]}" python -m hvdlm.slurm conclude --launcher-code "$launcher" -- "$@") || code=$?
+successors=$(timeout 30 squeue --noheader --name="$SLURM_JOB_NAME" --user="$(id -un)" --states=PENDING) || answer=
+if [[ $answer == again && -z $successors ]]; then
+    if ((${SLURM_RESTART_COUNT:-0} >= ${HVDLM_REQUEUES:-20})); then
+        echo "train_64gpu.sh: not queued again after $SLURM_RESTART_COUNT requeues; sbatch it again" >&2
+    else
+        # Before it happens: it ends this script at once.
+        echo "train_64gpu.sh: no successor is queued: queueing this job again" >&2
+        scontrol requeue "$SLURM_JOB_ID" ||
+            echo "train_64gpu.sh: this cluster does not requeue; sbatch it again, it goes on from there" >&2
+    fi
+fi
+exit "$code"

@@ -66,17 +66,18 @@ class OwnJob:
 
 
 def own_job(env: Mapping[str, str]) -> OwnJob:
-    """Ask for the job that this process runs in."""
-    number = env.get("SLURM_JOB_ID", "")
+    """What Slurm knows of this process's job: told by the batch script, else the controller is asked."""
+    number, shown = env.get("SLURM_JOB_ID", ""), env.get("HVDLM_JOB", "")
     if not number:
         return OwnJob()
-    outcome = run_bounded(
-        ["scontrol", "--oneliner", "show", "job", number], limit_s=ASK_LIMIT_S, more_env=_EPOCH
-    )
-    if outcome.code != 0:
-        return OwnJob(number, trouble=f"scontrol: {outcome.reason}")
-    submitted, ends = (_time(name, outcome.output) for name in ("SubmitTime", "EndTime"))
-    log = re.search(r" StdOut=(.*?)(?: \w+=|\s*$)", outcome.output)
+    if f"JobId={number} " not in shown:
+        command = ["scontrol", "--oneliner", "show", "job", number]
+        outcome = run_bounded(command, limit_s=ASK_LIMIT_S, more_env=_EPOCH)
+        if outcome.code != 0:
+            return OwnJob(number, trouble=f"scontrol: {outcome.reason}")
+        shown = outcome.output
+    submitted, ends = (_time(name, shown) for name in ("SubmitTime", "EndTime"))
+    log = re.search(r" StdOut=(.*?)(?: \w+=|\s*$)", shown)
     return OwnJob(number, submitted, ends, log[1] if log else "")
 
 
@@ -133,12 +134,6 @@ def mpi_types() -> list[str]:
     """What `srun --mpi` takes here; none where srun does not answer."""
     outcome = run_bounded(["srun", "--mpi=list"], limit_s=ASK_LIMIT_S)
     return re.findall(r"\b(?:none|openmpi|cray_shasta|pmi\w*)\b", outcome.output) if outcome.code == 0 else []
-
-
-def requeue(number: str) -> str:
-    """Queue a job again; why not, or ''. Of the job itself this does not return."""
-    outcome = run_bounded(["scontrol", "requeue", number], limit_s=ASK_LIMIT_S)
-    return "" if outcome.code == 0 else f"scontrol requeue: {outcome.reason}"
 
 
 def seconds_of(limit: str) -> float:

@@ -103,13 +103,16 @@ def _of_jobs(rows: list[dict[str, Any]]) -> End:
     ends = [row for row in rows if row["event"] in (jobs.REFUSED, jobs.ENDED)]
     if not ends:
         return End("nothing")
-    unix = float(ends[-1]["time_unix"])
-    refusals = [row for row in ends[-2:] if row["event"] == jobs.REFUSED and row["job"] == ends[-1]["job"]]
-    if refusals:
-        # A disk that is full, or another start on the folder, may be otherwise the next time.
-        refused = refusals[0]["exit_code"] == EXIT_USAGE
-        return End("refused" if refused else "crashed", unix, str(refusals[0]["error"]))
-    last = [row for row in ends if row["event"] == jobs.ENDED][-_FRUITLESS:]
-    if len(last) == _FRUITLESS and not any(row["began"] for row in last):
+    last, unix = ends[-1], float(ends[-1]["time_unix"])
+    refusal = next(
+        (row for row in ends[-2:] if row["event"] == jobs.REFUSED and row["job"] == last["job"]), {}
+    )
+    if not last.get("began") and last["exit_code"] == EXIT_USAGE:
+        return End("refused", unix, str(refusal.get("error", "train would not begin; see the log")))
+    latest = [row for row in ends if row["event"] == jobs.ENDED][-_FRUITLESS:]
+    # 75 without a start: a bad node was left out, and the next job has another.
+    fruitless = [row for row in latest if not row["began"] and row["exit_code"] != EXIT_REQUEUE]
+    if len(fruitless) == _FRUITLESS:
         return End("no progress", unix, f"the last {_FRUITLESS} jobs ended before training began")
-    return End("nothing") if ends[-1].get("began") else End("crashed", unix, "the ranks did not start")
+    # Where a start began, exit.json knows how it ended.
+    return End("nothing") if last.get("began") else End("crashed", unix, "the ranks did not start")

@@ -27,7 +27,7 @@ from hvdlm.config.reference import to_markdown
 from tests import helpers
 
 ROOT = Path(__file__).resolve().parents[2]
-TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md")
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md", "slurm/sites/README.md")
 DOCUMENTS = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
 TAGS = {"sh", "text"}
 HEADS = ("python -m ", "./install.sh", "make ", "mpirun ", "horovodrun ", "srun ", "sbatch ")
@@ -37,7 +37,7 @@ LAUNCHER_OPTIONS = {
     "srun": {"--mpi=pmix"},
 }
 """What tests/parallel/ runs."""
-SBATCH_OPTIONS = {"--nodes", "--time", "--array"}
+SBATCH_OPTIONS = {"--nodes", "--time", "--array", "--job-name"}
 RUN_ELSEWHERE = {
     "touch data/runs/demo/STOP": "tests/parallel/test_train_stop.py::stop_by_file",
     "touch data/runs/demo/SAVE": "tests/parallel/test_train_keep.py::test_a_file_saves_and_the_run_goes_on",
@@ -126,7 +126,8 @@ def without_sbatch(words: list[str]) -> list[str]:
     place = next(i for i, word in enumerate(words) if i and not word.startswith("--"))
     script = ROOT / words[place]
     assert {word.partition("=")[0] for word in words[1:place]} <= SBATCH_OPTIONS
-    found = re.search(r"python -m (hvdlm\.\w+) .*\"\$@\"", script.read_text())
+    # Before and after it, hvdlm.slurm looks after the job.
+    found = re.search(r"python -m (hvdlm\.(?!slurm)\w+) .*\"\$@\"", script.read_text())
     assert found
     return ["python", "-m", found[1], *words[place + 1 :]]
 
