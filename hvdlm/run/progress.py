@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,15 @@ def save_cost(rows: list[dict[str, Any]]) -> SaveCost | None:
     saves = [row for row in rows if row.get("kind") == "save"][-_RECENT_SAVES:]
     if not saves:
         return None
-    stalls = [row["snapshot_s"] + row["stall_s"] + row["commit_s"] for row in saves]
-    writes = [row["snapshot_s"] + row["write_s"] + row["commit_s"] for row in saves]
-    return SaveCost(statistics.median(stalls), statistics.median(writes))
+    costs = [cost_of(row) for row in saves]
+    stall_s, write_s = (statistics.median(values) for values in zip(*map(astuple, costs), strict=True))
+    return SaveCost(stall_s, write_s)
+
+
+def cost_of(seconds: Mapping[str, float]) -> SaveCost:
+    """What one checkpoint cost, by `Saved.seconds` or its row in metrics.jsonl."""
+    around_s = seconds["snapshot_s"] + seconds["commit_s"]
+    return SaveCost(around_s + seconds["stall_s"], around_s + seconds["write_s"])
 
 
 def best_interval_s(cost: SaveCost, mtbf_s: float) -> float:

@@ -147,7 +147,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"a checkpoint stalls the run {save['stall_s']:.2f} s and is written in {save['write_s']:.1f} s; "
             f"failures every {save['mtbf_s'] / 3600:.1f} h ({how}): best every {save['best_every_s']:.0f} s, "
-            f"--checkpoint.every {save['best_every_steps']}"
+            f"--checkpoint.every {save['best_every_steps']}, or by --checkpoint.mtbf_h"
         )
     if end := report["last_end"]:
         said = end.get("reason") or end.get("error") or ""

@@ -122,6 +122,7 @@ def _save(s: Session, step: int, *, course: Course, best: checkpoint.Best, asked
         "eos_id": s.agreed.tokenizer.eos_id,
         "versions": {"hvdlm": __version__, "torch": torch.__version__},
     }
+    s.pace.begin()
     s.saver.begin(s.strategy.pieces(), state, asked=asked, before=s.check_lease)
     if not s.config.checkpoint.asynchronous:
         _commit(s)
@@ -132,6 +133,8 @@ def _save(s: Session, step: int, *, course: Course, best: checkpoint.Best, asked
 def _commit(s: Session) -> None:
     """Finish the save that is in flight, where one is."""
     saved = s.saver.finish(before=s.before_commit)
+    if saved:
+        s.pace.committed(saved.seconds)
     if saved and s.reports:
         s.reports.metrics.saved(saved.step, saved.seconds, size_bytes=saved.size_bytes)
         checkpoints, best = s.run_folder / folder.CHECKPOINTS, saved.state["best"]

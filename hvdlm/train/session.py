@@ -24,6 +24,7 @@ from hvdlm.run import checkpoint, exit_record, ledger, restore, stop
 from hvdlm.run.folder import CHECKPOINTS, Start
 from hvdlm.run.ledger import Ledger
 from hvdlm.run.metrics import Metrics
+from hvdlm.run.pace import Pace
 from hvdlm.run.profile import Profile
 from hvdlm.run.saver import Saver
 from hvdlm.train.agree import Agreed
@@ -56,12 +57,13 @@ class Session:
     watch: stop.StopWatch
     checks: BlockChecks
     saver: Saver
+    pace: Pace
     profile: Profile
     reports: Reports | None
 
     def wish(self) -> Wish:
-        """What this rank says in the step it is in; while a save is in flight none is begun for SAVE."""
-        save = self.watch.save_requested and not self.saver.in_flight
+        """What this rank says in the step it is in; while a save is in flight no other is asked for."""
+        save = (self.watch.save_requested or self.pace.due) and not self.saver.in_flight
         return Wish(self.watch.requested, save, self.saver.writing)
 
     def check_lease(self) -> None:
@@ -142,6 +144,7 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
         watch=watch,
         checks=checks,
         saver=Saver(run_folder / CHECKPOINTS, ranks, files=agreed.carried),
+        pace=Pace(3600 * config.checkpoint.mtbf_h if ranks.is_root else 0.0),
         profile=profile,
         reports=reports,
     )
