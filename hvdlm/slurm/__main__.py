@@ -7,7 +7,7 @@ import sys
 from types import ModuleType
 
 from hvdlm.config import run_command
-from hvdlm.slurm import conclude, gate, status, stop, submit, tail
+from hvdlm.slurm import conclude, gate, preflight, rehearse, status, stop, submit, tail
 
 SUBCOMMANDS: dict[str, ModuleType] = {
     "submit": submit,
@@ -16,6 +16,8 @@ SUBCOMMANDS: dict[str, ModuleType] = {
     "stop": stop,
     "gate": gate,
     "conclude": conclude,
+    "preflight": preflight,
+    "rehearse": rehearse,
 }
 """Each has a docstring, `add_arguments(parser)` and `run(args) -> exit code`."""
 
