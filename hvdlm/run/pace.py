@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import final
 
-from hvdlm.run.progress import SaveCost, best_interval_s, cost_of
+from hvdlm.run.standing import SaveCost, best_interval_s, cost_of
 
 _UNKNOWN = SaveCost(stall_s=30.0, write_s=0.0)
 """Until the first checkpoint of an attempt has shown what it costs."""
