@@ -106,7 +106,7 @@ if [[ -n ${HVDLM_ENV_TAR:-} ]]; then
     copy=${TMPDIR:-/tmp}/hvdlm-env-$SLURM_JOB_ID
     sbcast --force "$HVDLM_ENV_TAR" "$copy.tar"
     # shellcheck disable=SC2016 # For the other shell.
-    on_every_node bash -c 'mkdir -p "$0" && tar -C "$0" -xf "$0.tar" && rm "$0.tar"' "$copy"
+    on_every_node bash -c 'mkdir -p "$0" && tar -C "$0" -xf "$0.tar"' "$copy"
     PATH=$copy/bin:$PATH
 fi
 
@@ -129,7 +129,7 @@ fi
 
 if [[ -n ${copy:-} ]]; then
     PATH=$shared_path
-    on_every_node rm -rf "$copy" || true
+    on_every_node rm -rf "$copy" "$copy.tar" || true
 fi
 
 # ---- how it ended: srun and mpirun give codes of their own where they ended ranks; exit.json has the true one.

@@ -26,8 +26,8 @@ from hvdlm.config.parse import load_config
 from hvdlm.corpus import demo
 from hvdlm.data.loader import Loader, StepBatch
 from hvdlm.run import ledger
-from hvdlm.run.progress import METRICS_FILE
 from hvdlm.run.saver import Saver
+from hvdlm.run.standing import METRICS_FILE
 from hvdlm.train.agree import agree_on_start
 from hvdlm.train.loop import train
 from hvdlm.train.session import open_session

@@ -16,6 +16,12 @@ UNKNOWN = 0
 """Local size where the launcher does not tell; MPI is asked once it has started."""
 
 
+_GLOO_TIMEOUT = "HOROVOD_GLOO_TIMEOUT_SECONDS"
+# With it and the fusion threshold in the environment, a second start of Horovod in one process ends
+# with a segmentation fault (0.28.1, ParameterManager::BayesianParameter::SetValue).
+_CYCLE_TIME = "HOROVOD_CYCLE_TIME"
+
+
 @dataclass(frozen=True)
 class Launch:
     """One process among those started together, as its launcher announced it."""
@@ -100,7 +106,7 @@ def process_settings(
     # would depend on what was ready together.
     fusion_mb = 0 if parallel.strategy in ("buckets", "zero1") else parallel.fusion_mb
     wanted = {
-        "HOROVOD_CYCLE_TIME": f"{cycle_ms:g}",
+        _CYCLE_TIME: f"{cycle_ms:g}",
         "HOROVOD_FUSION_THRESHOLD": str(fusion_mb * 2**20),
         # Horovod ignores a shutdown time below its check time.
         "HOROVOD_STALL_CHECK_TIME_SECONDS": str(max(1, min(60, stall_s // 2))),
@@ -114,9 +120,24 @@ def process_settings(
         wanted["HOROVOD_TIMELINE"] = "DYNAMIC"
     if launch.kind == "gloo":
         # It bounds start-up skew as well: rank 0 may be sharding the demo corpus.
-        wanted["HOROVOD_GLOO_TIMEOUT_SECONDS"] = "300"
+        wanted[_GLOO_TIMEOUT] = "300"
     wanted |= _core_settings(launch, cores)
     return {name: value for name, value in wanted.items() if name not in env}
+
+
+def for_many_worlds(settings: Mapping[str, str], *, size: int) -> dict[str, str]:
+    """The same settings for a process that starts Horovod again and again.
+
+    Args:
+        settings: from `process_settings`.
+        size: ranks of the world that comes next.
+    """
+    changed = {name: value for name, value in settings.items() if name != _CYCLE_TIME}
+    if _GLOO_TIMEOUT in changed:
+        # All ranks come to the start-up at one moment, and a world that breaks is no harm; until this time
+        # is over some of them do not hear that a peer is gone.
+        changed[_GLOO_TIMEOUT] = str(5 + size // 16)
+    return changed
 
 
 def _core_settings(launch: Launch, cores: int) -> dict[str, str]:

@@ -1,32 +1,24 @@
 """How ranks of one Slurm step find each other without MPI: a key-value store that rank 0 serves.
 
-Horovod's Gloo controller asks for nothing but GET, PUT and DELETE of small values by HTTP. Horovod's own
-server binds every interface, takes PUT from anybody and unpickles what it got (CVE-2024-10190); this one
-binds one address, answers only to whoever knows a random key, and keeps bytes. The address and the
-key lie in a file that only its owner can read.
-
-Source: Horovod 0.28.1, common/gloo/http_store.cc and runner/http/http_server.py (paths and statuses).
+The address and the key of the store lie in a file that only its owner can read.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 import socket
-import threading
 import time
 from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import final
+from typing import Any
 
 from hvdlm.comm.launch import Launch, tasks_of_nodes
+from hvdlm.comm.store import Store, own_address
 from hvdlm.config import UserError
 
 WAIT_S = 300.0
 _POLL_S = 0.1
-_MOST_BYTES = 1 << 20
 
 
 def meet(launch: Launch, folder: Path, env: Mapping[str, str]) -> dict[str, str]:
@@ -51,21 +43,37 @@ def meet(launch: Launch, folder: Path, env: Mapping[str, str]) -> dict[str, str]
     path = folder / f".rendezvous-{step}"
     if launch.rank == 0:
         told = _serve(env)
-        _write(path, told)
+        write_told(path, told)
     else:
         told = _wait_for(path)
+    across = _across(launch, env)
+    return gloo_settings(launch, place=f"{told['place']}/0", host=socket.gethostname(), across=across)
+
+
+def gloo_settings(launch: Launch, *, place: str, host: str, across: tuple[int, int]) -> dict[str, str]:
+    """Environment variables by which Horovod's Gloo controller finds the other ranks.
+
+    Args:
+        launch: this process.
+        place: "IP:PORT/KEY" of a `Store`, and after another slash what all ranks of this world have in
+            common with no other.
+        host: name of this host, the same for its ranks alone.
+        across: this rank among those of its local rank, and how many there are.
+    """
+    port = place.partition("/")[0].rpartition(":")[2]
     return {
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
         # Horovod appends ":PORT/SCOPE/KEY" to what it takes for an address.
-        "HOROVOD_GLOO_RENDEZVOUS_ADDR": f"{told['address']}:{told['port']}/{told['secret']}",
-        "HOROVOD_GLOO_RENDEZVOUS_PORT": str(told["port"]),
-        "HOROVOD_HOSTNAME": socket.gethostname(),
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": place,
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": port,
+        "HOROVOD_HOSTNAME": host,
         "HOROVOD_RANK": str(launch.rank),
         "HOROVOD_SIZE": str(launch.size),
         "HOROVOD_LOCAL_RANK": str(launch.local_rank),
         "HOROVOD_LOCAL_SIZE": str(launch.local_size),
-        **_across(launch, env),
+        "HOROVOD_CROSS_RANK": str(across[0]),
+        "HOROVOD_CROSS_SIZE": str(across[1]),
     }
 
 
@@ -75,22 +83,24 @@ def forget(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _across(launch: Launch, env: Mapping[str, str]) -> dict[str, str]:
+def _across(launch: Launch, env: Mapping[str, str]) -> tuple[int, int]:
     """The ranks of this local rank, one a node that has so many tasks: nodes may have different numbers."""
     nodes = [node for node, tasks in enumerate(tasks_of_nodes(env)) if tasks > launch.local_rank]
-    own = nodes.index(int(env.get("SLURM_NODEID", "0")))
-    return {"HOROVOD_CROSS_RANK": str(own), "HOROVOD_CROSS_SIZE": str(len(nodes))}
+    return nodes.index(int(env.get("SLURM_NODEID", "0"))), len(nodes)
 
 
-def _serve(env: Mapping[str, str]) -> dict[str, str | int]:
+def _serve(env: Mapping[str, str]) -> dict[str, Any]:
     alone = env.get("SLURM_STEP_NUM_NODES", "1") == "1"
-    address = "127.0.0.1" if alone else socket.gethostbyname(env.get("SLURMD_NODENAME", socket.gethostname()))
-    server = _Store((address, 0))
-    threading.Thread(target=server.serve_forever, name="rendezvous", daemon=True).start()
-    return {"address": address, "port": server.server_port, "secret": server.secret}
+    name = env.get("SLURMD_NODENAME", socket.gethostname())
+    return {"place": Store("127.0.0.1" if alone else own_address(name)).place}
 
 
-def _write(path: Path, told: Mapping[str, str | int]) -> None:
+def write_told(path: Path, told: Mapping[str, Any]) -> None:
+    """Write what only the owner's processes may read, and put it into its place.
+
+    Raises:
+        UserError: the file system refuses.
+    """
     temp = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,63 +112,14 @@ def _write(path: Path, told: Mapping[str, str | int]) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror}; choose another folder") from error
 
 
-def _wait_for(path: Path) -> dict[str, str | int]:
+def _wait_for(path: Path) -> dict[str, Any]:
     give_up = time.monotonic() + WAIT_S
     while time.monotonic() < give_up:
         try:
-            told: dict[str, str | int] = json.loads(path.read_text())
+            told: dict[str, Any] = json.loads(path.read_text())
             return told
         except OSError:
             time.sleep(_POLL_S)
     raise UserError(
         f"{path}: rank 0 did not write it within {WAIT_S:.0f} s; is the folder shared by all nodes?"
     )
-
-
-@final
-class _Store(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, address: tuple[str, int]) -> None:
-        super().__init__(address, _Handler)
-        self.secret = secrets.token_hex(16)
-        self.values: dict[str, bytes] = {}
-
-
-@final
-class _Handler(BaseHTTPRequestHandler):
-    server: _Store
-    timeout = 30
-
-    def do_GET(self) -> None:
-        key = self._key()
-        value = self.server.values.get(key) if key else None
-        self._answer(404 if value is None else 200, value or b"")
-
-    def do_PUT(self) -> None:
-        key, size = self._key(), int(self.headers.get("Content-Length", "0"))
-        if key and size <= _MOST_BYTES:
-            self.server.values[key] = self.rfile.read(size)
-        self._answer(200 if key and size <= _MOST_BYTES else 400, b"")
-
-    def do_DELETE(self) -> None:
-        key = self._key()
-        if key:
-            self.server.values.pop(key, None)
-        self._answer(200 if key else 400, b"")
-
-    def log_message(self, *_: object) -> None:
-        """Nothing: what is asked for is no news."""
-
-    def _key(self) -> str:
-        """SCOPE/KEY of the path /SECRET:PORT/SCOPE/KEY; empty where it is of another kind."""
-        _, _, rest = self.path.partition("/")
-        secret, _, key = rest.partition("/")
-        expected = f"{self.server.secret}:{self.server.server_port}"
-        return key if secrets.compare_digest(secret, expected) else ""
-
-    def _answer(self, status: int, value: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(value)))
-        self.end_headers()
-        self.wfile.write(value)

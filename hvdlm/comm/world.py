@@ -11,6 +11,7 @@ from typing import Any, final
 
 import horovod.torch as hvd
 import torch
+from horovod.common.exceptions import HorovodInternalError
 
 from hvdlm.comm import rendezvous
 from hvdlm.comm.launch import UNKNOWN, Launch, needs_meeting
@@ -18,6 +19,10 @@ from hvdlm.config import UserError
 
 # Horovod's element counts are int32 in places.
 _BROADCAST_BYTES = 2**30
+
+
+LostPeerError = HorovodInternalError
+"""A collective failed because another rank is gone."""
 
 
 class AgreedError(UserError):
@@ -42,7 +47,7 @@ def init(launch: Launch, settings: Mapping[str, str], *, meeting: Path | None = 
 
     Collective: yes.
     """
-    meets = needs_meeting(launch, os.environ)
+    meets = needs_meeting(launch, {**os.environ, **settings})
     if meets and meeting is None:
         raise UserError(
             f"launch: srun started {launch.size} tasks without PMIx, so each would work alone; use "

@@ -59,8 +59,8 @@ def load_resolved(path: Path) -> RunConfig:
     return load_config(["--config", str(path)], prog="hvdlm")[0]
 
 
-def run_folder(config: RunConfig, recipe: str) -> Path:
-    """Where a run of this configuration lies: `train.out`, else `data/runs/RECIPE`."""
+def folder_of(config: RunConfig, recipe: str) -> Path:
+    """The run folder: `train.out`, or one named after the recipe."""
     return Path(f"data/runs/{recipe}" if config.train.out == "auto" else config.train.out)
 
 

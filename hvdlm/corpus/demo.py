@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from hvdlm.config import DataConfig
 from hvdlm.corpus.build import build
 from hvdlm.corpus.options import Options
 from hvdlm.data.manifest import Manifest
@@ -24,3 +25,18 @@ def prepare(out: Path) -> Manifest:
         UserError: the folder holds another data set, the disk is full, or Python has no sources.
     """
     return build(Options(out), workers=len(os.sched_getaffinity(0)), wait=True).manifest
+
+
+def prepare_if_asked(path: str | dict[str, int], *, is_demo: bool) -> None:
+    """Make it where the demo recipe is to train on it and it is not there; else nothing.
+
+    Args:
+        path: `data.path` of the run.
+        is_demo: whether its recipe is the demo's.
+
+    Raises:
+        UserError: as `prepare`.
+    """
+    (own,) = DataConfig().weights
+    if is_demo and path == own and not (Path(own) / "manifest.json").exists():
+        prepare(Path(own))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import final
 
 import horovod.torch as hvd
@@ -57,6 +57,9 @@ class AllReduce(Strategy):
 
     def pieces(self) -> Iterator[Piece]:
         return replicated.pieces(replicated.tensors(self._model, self._update), self._world)
+
+    def whole(self) -> Mapping[str, torch.Tensor]:
+        return replicated.tensors(self._model, self._update)
 
     def load(self, read: Read) -> None:
         replicated.load_(replicated.tensors(self._model, self._update), self._update, read)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import final
 
@@ -55,6 +55,9 @@ class Buckets(Strategy):
 
     def pieces(self) -> Iterator[Piece]:
         return replicated.pieces(self._state, self._world)
+
+    def whole(self) -> Mapping[str, torch.Tensor]:
+        return self._state
 
     def load(self, read: Read) -> None:
         replicated.load_(self._state, self._update, read)

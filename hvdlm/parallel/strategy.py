@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -41,11 +41,13 @@ class Wish(NamedTuple):
         stop: save and leave after this step.
         save: save and go on.
         writing: a checkpoint is still being written.
+        resize: leave this world after this step, for one of other ranks.
     """
 
     stop: bool = False
     save: bool = False
     writing: bool = False
+    resize: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,15 @@ class Strategy(ABC):
 
         Collective: every rank calls it.
         """
+
+    def whole(self) -> Mapping[str, torch.Tensor] | None:
+        """The training state by its canonical names, live; None where no rank holds all of it.
+
+        Outside of `step`, and where a collective in it failed, it is that after the last whole step.
+
+        Collective: no.
+        """
+        return None
 
     def digest(self) -> int:
         """A 64-bit digest of this rank's parameters, for comparing ranks.

@@ -36,6 +36,9 @@ class Lease:
     Args:
         run_folder: exists.
 
+    Attributes:
+        token: tells this holder from others.
+
     Raises:
         UserError: after 20 s another start of the same run is still alive.
     """
@@ -43,7 +46,7 @@ class Lease:
     def __init__(self, run_folder: Path) -> None:
         self._run_folder = run_folder
         self._path = run_folder / FILE_NAME
-        self._token = secrets.token_hex(8)
+        self.token = secrets.token_hex(8)
         self._beats = 0
         _wait_for_end(self._path)
         # One that begins at the same moment is told the same as one that comes later.
@@ -59,19 +62,13 @@ class Lease:
         Raises:
             UserError: another start took over, because this one was silent for too long.
         """
-        holder = _read(self._path)
-        if holder.get("token", self._token) != self._token:
-            raise UserError(
-                f"{self._run_folder}: another start ({_describe(holder)}) took this run over, so this one "
-                "saves nothing more and ends",
-                EXIT_CRASH,
-            )
+        check(self._run_folder, self.token)
 
     def release(self) -> None:
         """End the heartbeat and give the folder free."""
         self._closing.set()
         self._thread.join()
-        if _read(self._path).get("token") == self._token:
+        if _read(self._path).get("token") == self.token:
             self._path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
@@ -92,7 +89,7 @@ class Lease:
             self._beats += 1
             # A file server that hiccups must not end a run: the next beat may come through.
             try:
-                if _read(self._path).get("token") == self._token:
+                if _read(self._path).get("token") == self.token:
                     with self._path.open("r+b") as file:
                         file.write(self._record())
             except OSError:
@@ -101,7 +98,7 @@ class Lease:
     def _record(self) -> bytes:
         """Always of one length, so that a reader never sees the rest of an older one."""
         record = {
-            "token": self._token,
+            "token": self.token,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started_unix": psutil.Process().create_time(),
@@ -109,6 +106,42 @@ class Lease:
             "beats": f"{self._beats:012d}",
         }
         return (json.dumps(record) + "\n").encode()
+
+
+@final
+class BorrowedLease:
+    """The right to train in a run folder that another process keeps for this one.
+
+    Args:
+        run_folder: of the run.
+        token: of the other's `Lease`.
+    """
+
+    def __init__(self, run_folder: Path, token: str) -> None:
+        self._run_folder = run_folder
+        self._token = token
+
+    def check(self) -> None:
+        """As `Lease.check`."""
+        check(self._run_folder, self._token)
+
+    def release(self) -> None:
+        """Nothing: it is the other's."""
+
+
+def check(run_folder: Path, token: str) -> None:
+    """See that a run folder is still its holder's.
+
+    Raises:
+        UserError: another start took it over.
+    """
+    holder = _read(run_folder / FILE_NAME)
+    if holder.get("token", token) != token:
+        raise UserError(
+            f"{run_folder}: another start ({_describe(holder)}) took this run over, so this one saves "
+            "nothing more and ends",
+            EXIT_CRASH,
+        )
 
 
 def _wait_for_end(path: Path) -> None:

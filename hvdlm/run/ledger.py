@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -35,17 +36,9 @@ class Ledger:
         self._write({"attempt": attempt, "resumed_at": resumed_at, "micro_batch": micro_batch})
         self.sync()
 
-    def add(self, batch: StepBatch, *, world_size: int) -> None:
+    def add(self, row: dict[str, int]) -> None:
         """Note that a step consumed the samples [first_sample, end_sample)."""
-        self._write(
-            {
-                "step": batch.step,
-                "first_sample": batch.first_sample,
-                "end_sample": batch.end_sample,
-                "world_size": world_size,
-                "attempt": self._attempt,
-            }
-        )
+        self._write(row)
 
     def sync(self) -> None:
         """Make all rows durable; called before a checkpoint is committed."""
@@ -61,6 +54,33 @@ class Ledger:
         self._file.write(json.dumps(row) + "\n")
 
 
+def row_of(batch: StepBatch, *, world_size: int, attempt: int) -> dict[str, int]:
+    """What the ledger says of a step."""
+    return {
+        "step": batch.step,
+        "first_sample": batch.first_sample,
+        "end_sample": batch.end_sample,
+        "world_size": world_size,
+        "attempt": attempt,
+    }
+
+
+def add_missing(run_folder: Path, rows: Sequence[dict[str, int]]) -> None:
+    """Add rows that their attempts' rank 0 did not live to write.
+
+    Args:
+        run_folder: where the ledger lies.
+        rows: of steps that were done, in their order.
+    """
+    path = run_folder / FILE_NAME
+    there = {(row.get("attempt"), row.get("step")) for row in read_rows(path)}
+    end_last_line(path)
+    with path.open("a", encoding="utf-8") as file:
+        for row in rows:
+            if (row["attempt"], row["step"]) not in there:
+                file.write(json.dumps(row) + "\n")
+
+
 def attempts(run_folder: Path) -> int:
     """How often the run was started, by its ledger; 0 where there is none."""
     path = run_folder / FILE_NAME
@@ -72,8 +92,13 @@ def attempts(run_folder: Path) -> int:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file; a line that a crash cut short is left out."""
+    return parse_rows(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def parse_rows(text: str) -> list[dict[str, Any]]:
+    """Objects of JSON lines; what is none is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in text.splitlines():
         try:
             row = json.loads(line)
         except ValueError:

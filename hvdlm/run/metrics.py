@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from hvdlm.config import UserError
 from hvdlm.parallel.strategy import StepStats
-from hvdlm.run.ledger import end_last_line
-from hvdlm.run.progress import METRICS_FILE
+from hvdlm.run.ledger import end_last_line, parse_rows
 from hvdlm.run.spikes import is_spike
+from hvdlm.run.standing import METRICS_FILE
+
+_TAIL_BYTES = 1 << 16
 
 # Dense bf16 peak of one GPU in FLOP/s, from its maker's data sheet.
 _PEAK_FLOPS = {
@@ -41,6 +43,9 @@ class Metrics:
         tokens_per_step: tokens of a global batch.
         flops_per_token: forward and backward, for the share of the peak (MFU).
         world_size: processes, each with one device.
+
+    Attributes:
+        last_step: the newest training step in the file when it was opened; 0 = none.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Metrics:
         world_size: int,
     ) -> None:
         end_last_line(run_folder / METRICS_FILE)
+        self.last_step = _last_step(run_folder / METRICS_FILE)
         self._file = (run_folder / METRICS_FILE).open("a", encoding="utf-8")
         self._attempt = attempt
         self._steps = steps
@@ -197,3 +203,14 @@ def _duration(seconds: float) -> str:
     hours, rest = divmod(int(seconds), 3600)
     minutes, left = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{left:02d}"
+
+
+def _last_step(path: Path) -> int:
+    """The step of the last training row near a file's end; 0 where there is none."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        tail = file.read().decode(errors="replace")
+    steps = [row["step"] for row in parse_rows(tail) if row.get("kind") == "train"]
+    return steps[-1] if steps else 0

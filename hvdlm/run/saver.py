@@ -146,6 +146,15 @@ class Saver:
         size_bytes = sum(digest["bytes"] for w in written for digest in w["files"].values())
         return Saved(save.state["step"], save.state, save.asked, seconds, size_bytes)
 
+    def abandon(self) -> None:
+        """Give up a save that is in flight; what it has written is left to `checkpoint.delete_unfinished`.
+
+        Collective: no.
+        """
+        save, self._save = self._save, None
+        if save:
+            save.cancel()
+
     def delete(self, folders: list[Path]) -> None:
         """Delete folders in a thread: a file system takes a quarter of a second a GB and more."""
         self.close()
@@ -188,8 +197,14 @@ class _Save:
         self._snapshot_s = snapshot_s
         self._outcome: dict[str, Any] = {}
         self._failure: BaseException | None = None
+        self._cancelled = threading.Event()
         self.thread = threading.Thread(target=self._run, name="save", daemon=True)
         self.thread.start()
+
+    def cancel(self) -> None:
+        """Write no more, and wait until the thread has heard of it."""
+        self._cancelled.set()
+        self.thread.join()
 
     def wait(self) -> dict[str, Any]:
         """What was written, or the `error` that the file system gave.
@@ -224,7 +239,7 @@ class _Save:
             for name, content in self._small.items()
         }
         if self._snapshot.records:
-            files[self._snapshot.file] = self._snapshot.write(self.temp)
+            files[self._snapshot.file] = self._snapshot.write(self.temp, cancelled=self._cancelled.is_set)
         return files
 
 

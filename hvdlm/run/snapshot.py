@@ -9,7 +9,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
 from typing import Any, final
@@ -94,19 +94,24 @@ class Snapshot:
         if on_gpu:
             torch.cuda.synchronize()
 
-    def write(self, folder: Path) -> dict[str, Any]:
+    def write(self, folder: Path, *, cancelled: Callable[[], bool] = bool) -> dict[str, Any]:
         """Write and fsync the file; needs no lock of Python's interpreter for long.
+
+        Args:
+            folder: where to.
+            cancelled: asked in between: whether to give up.
 
         Returns:
             Its `bytes`, and `xxh3_128` of what was to be written.
 
         Raises:
-            OSError: the file system refuses; nothing of the file is left then.
+            OSError: the file system refuses, or ECANCELED; nothing of the file is left then.
         """
         if os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize < self.file_bytes:
             # Else what else the run writes would find the disk full before this one gives up.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write_durably(folder / self.file, self._memory.numpy().data, self.file_bytes)
+        memory = self._memory.numpy().data
+        return write_durably(folder / self.file, memory, self.file_bytes, cancelled=cancelled)
 
     def _record(self, piece: Piece) -> dict[str, Any]:
         shape = tuple(piece.values.shape)
@@ -124,7 +129,9 @@ class Snapshot:
         }
 
 
-def write_durably(path: Path, memory: bytes | memoryview, size_bytes: int) -> dict[str, Any]:
+def write_durably(
+    path: Path, memory: bytes | memoryview, size_bytes: int, *, cancelled: Callable[[], bool] = bool
+) -> dict[str, Any]:
     """Create a file, write it to its end, and fsync it.
 
     A large one goes past the kernel's cache of files, where the file system can do so: filling the cache
@@ -136,12 +143,13 @@ def write_durably(path: Path, memory: bytes | memoryview, size_bytes: int) -> di
         path: must not exist.
         memory: begins with what is to be written; where that is large, whole pages.
         size_bytes: of the file.
+        cancelled: asked in between: whether to give up.
 
     Returns:
         Its `bytes` and `xxh3_128`.
 
     Raises:
-        OSError: the file system refuses; the file is gone then.
+        OSError: the file system refuses, or ECANCELED; the file is gone then.
     """
     digest, view = xxhash.xxh3_128(), memoryview(memory)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -149,6 +157,8 @@ def write_durably(path: Path, memory: bytes | memoryview, size_bytes: int) -> di
         if size_bytes >= _DIRECT_BYTES:
             _set_direct(fd, os.O_DIRECT)
         for start in range(0, len(view), _CHUNK_BYTES):
+            if cancelled():
+                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
             chunk = view[start : start + _CHUNK_BYTES]
             _write(fd, chunk, start)
             digest.update(chunk[: max(0, size_bytes - start)])

@@ -74,6 +74,10 @@ class StopWatch:
         """This rank wants a checkpoint."""
         return self._save_wanted
 
+    def ask(self, reason: str) -> None:
+        """Note why somebody else wants this rank to stop; '' = nobody does."""
+        self.reason = self.reason or reason or None
+
     def take_save_file(self) -> bool:
         """Remove SAVE, as a checkpoint was committed; whether it was there."""
         with self._save_lock:

@@ -13,7 +13,7 @@ from typing import Any
 
 from hvdlm.cluster.queue import own_job
 from hvdlm.config import EXIT_CRASH, EXIT_DONE, total_steps
-from hvdlm.config.parse import load_config, run_folder
+from hvdlm.config.parse import folder_of, load_config
 from hvdlm.run import exit_record, jobs
 from hvdlm.run.retry import what_forbids
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         0 done, 75 stopped early, 93 no progress, 2 refused; anything else is a crash.
     """
     config, recipe = load_config(args.arguments, prog="python -m hvdlm.train")
-    folder, number = run_folder(config, recipe), os.environ.get("SLURM_JOB_ID", "")
+    folder, number = folder_of(config, recipe), os.environ.get("SLURM_JOB_ID", "")
     mine = [row for row in jobs.rows(folder) if row["job"] == number]
     begun: dict[str, Any] = next((row for row in reversed(mine) if row["event"] == jobs.BEGUN), {})
     refusal = mine[-1] if mine and mine[-1]["event"] == jobs.REFUSED else None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hvdlm.cluster.queue import OwnJob, own_job
 from hvdlm.config import EXIT_CRASH, UserError, total_steps
-from hvdlm.config.parse import load_config, run_folder
+from hvdlm.config.parse import folder_of, load_config
 from hvdlm.run import exit_record, jobs, stop
 from hvdlm.run.lease import FILE_NAME as LEASE_FILE
 from hvdlm.run.retry import what_forbids
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: the configuration is refused, as train would.
     """
     config, recipe = load_config(args.arguments, prog="python -m hvdlm.train")
-    folder = run_folder(config, recipe)
+    folder = folder_of(config, recipe)
     job = own_job(os.environ)
     # Without an answer better once too often than never.
     submitted_unix = job.submitted_unix or time.time()

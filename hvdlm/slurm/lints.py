@@ -12,8 +12,8 @@ from hvdlm.cluster.finding import Finding
 from hvdlm.cluster.queue import mpi_types, seconds_of, try_out
 from hvdlm.config import DataConfig, RunConfig, total_steps
 from hvdlm.run import ledger
-from hvdlm.run.progress import METRICS_FILE, SaveCost, save_cost
 from hvdlm.run.retry import last_end
+from hvdlm.run.standing import METRICS_FILE, SaveCost, save_cost
 from hvdlm.slurm.site import Site
 
 _FEW_CPUS = 4

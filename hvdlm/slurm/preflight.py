@@ -23,7 +23,7 @@ from hvdlm.cluster.preflight.compare import Limits, NodeFinding
 from hvdlm.cluster.preflight.groups import Launcher
 from hvdlm.cluster.preflight.node import answer_questions
 from hvdlm.config import EXIT_CRASH, EXIT_DONE, EXIT_REQUEUE, UserError
-from hvdlm.config.parse import load_config, run_folder, to_toml
+from hvdlm.config.parse import folder_of, load_config, to_toml
 
 _NUMBERS = (
     ("--limit-s", 120.0, "seconds for everything"),
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("preflight: found several tasks, needed one process; start it without srun")
     nodes = nodes_of_job(os.environ)
     config, recipe = load_config(args.arguments, prog="python -m hvdlm.train")
-    folder = run_folder(config, recipe).absolute()
+    folder = folder_of(config, recipe).absolute()
     begun = time.monotonic()
     check = Preflight(_plan(args, nodes, folder), limit_s=args.limit_s, first_s=args.first_s)
     for found in check.run():

@@ -18,7 +18,7 @@ from hvdlm.cluster.bounded import run_bounded
 from hvdlm.cluster.queue import ASK_LIMIT_S
 from hvdlm.config import EXIT_CRASH, EXIT_REQUEUE, UserError
 from hvdlm.run import exit_record, ledger
-from hvdlm.run.progress import METRICS_FILE
+from hvdlm.run.standing import METRICS_FILE
 
 _STEP = "hvdlm-rehearse"
 _MORE_STEPS = 5

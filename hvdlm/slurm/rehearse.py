@@ -22,8 +22,8 @@ from hvdlm.cluster import batch_script, disk_speed, grace
 from hvdlm.cluster.bounded import run_bounded
 from hvdlm.cluster.queue import ASK_LIMIT_S, hand_in, queued
 from hvdlm.config import EXIT_CRASH, EXIT_DONE, RunConfig, UserError
-from hvdlm.config.parse import load_config, run_folder
-from hvdlm.run.progress import read_progress
+from hvdlm.config.parse import folder_of, load_config
+from hvdlm.run.standing import read_standing
 from hvdlm.slurm.rehearsal import Times, rehearse
 from hvdlm.slurm.site import read_site
 
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise UserError("rehearse: found several tasks, needed one process; start it without srun")
     config, recipe = load_config(args.arguments, prog="python -m hvdlm.train")
-    folder = run_folder(config, recipe).absolute()
+    folder = folder_of(config, recipe).absolute()
     scratch = folder / f"rehearsal-{os.environ['SLURM_JOB_ID']}"
     tasks = int(os.environ.get("SLURM_NTASKS", os.environ.get("SLURM_NNODES", "1")))
     shutil.rmtree(scratch, ignore_errors=True)
@@ -133,7 +133,7 @@ def _save(config: RunConfig, folder: Path) -> Save:
     with torch.device("meta"):
         model = MODELS[config.model.kind](config.model, pad_vocab(vocab_size))
     size_bytes = full_size_bytes(model)
-    known = read_progress(folder)
+    known = read_standing(folder)
     if known.save:
         return Save(size_bytes / 2**30, known.save.write_s, True, known.step_s)
     return Save(size_bytes / 2**30, size_bytes / disk_speed.write_speed(folder), False, known.step_s)

@@ -12,7 +12,7 @@ from hvdlm.cluster.queue import QueuedJob, queued
 from hvdlm.config import EXIT_DONE, UserError, total_steps
 from hvdlm.config.parse import load_resolved
 from hvdlm.run import exit_record, jobs
-from hvdlm.run.progress import JobTimes, Progress, best_interval_s, job_times, read_progress
+from hvdlm.run.standing import JobTimes, Standing, best_interval_s, job_times, read_standing
 
 _ASSUMED_MTBF_H = 24.0
 _FEW_FAILURES = 3
@@ -59,27 +59,27 @@ def look(run_folder: Path, *, now_unix: float) -> dict[str, Any]:
         UserError: there is no such run, or Slurm does not answer.
     """
     of_run = jobs_of(run_folder)
-    progress = read_progress(run_folder)
+    standing = read_standing(run_folder)
     file = run_folder / "config.toml"
     steps = total_steps(load_resolved(file)) if file.exists() else 0
     running = [job for job in of_run if not job.waits]
     times = job_times(jobs.rows(run_folder), running={job.number for job in running}, now_unix=now_unix)
-    left_s = max(0, steps - progress.step) * progress.step_s
+    left_s = max(0, steps - standing.step) * standing.step_s
     ends_unix = max((job.ends_unix for job in running), default=0.0)
     return {
         "run": str(run_folder),
         "jobs": [_job(job, now_unix) for job in of_run],
-        "attempts": progress.attempts,
-        "step": progress.step,
+        "attempts": standing.attempts,
+        "step": standing.step,
         "steps": steps,
-        "loss": progress.loss,
-        "tokens_per_s": round(progress.tokens_per_s, 1),
+        "loss": standing.loss,
+        "tokens_per_s": round(standing.tokens_per_s, 1),
         "training_left_s": round(left_s, 1),
         "job_left_s": round(ends_unix - now_unix, 1) if ends_unix else None,
         "chain_left_s": _chain_left_s(of_run, now_unix),
-        "kept_share": _share(progress.steps_kept, progress.steps_done),
-        "training_share": _share(progress.training_s, times.wall_s),
-        "save": _save(progress, times),
+        "kept_share": _share(standing.steps_kept, standing.steps_done),
+        "training_share": _share(standing.training_s, times.wall_s),
+        "save": _save(standing, times),
         "last_end": exit_record.read(run_folder),
     }
 
@@ -105,20 +105,20 @@ def _share(part: float, whole: float) -> float | None:
     return round(min(1.0, part / whole), 4) if whole else None
 
 
-def _save(progress: Progress, times: JobTimes) -> dict[str, Any] | None:
+def _save(standing: Standing, times: JobTimes) -> dict[str, Any] | None:
     """What checkpoints cost, and how often they should be: by the failures so far, or one a day."""
-    if progress.save is None or not progress.step_s:
+    if standing.save is None or not standing.step_s:
         return None
     measured = times.failures >= _FEW_FAILURES
     mtbf_s = times.wall_s / times.failures if measured else 3600 * _ASSUMED_MTBF_H
-    every_s = best_interval_s(progress.save, mtbf_s)
+    every_s = best_interval_s(standing.save, mtbf_s)
     return {
-        "stall_s": round(progress.save.stall_s, 3),
-        "write_s": round(progress.save.write_s, 3),
+        "stall_s": round(standing.save.stall_s, 3),
+        "write_s": round(standing.save.write_s, 3),
         "mtbf_s": round(mtbf_s, 1),
         "mtbf_measured": measured,
         "best_every_s": round(every_s, 1),
-        "best_every_steps": max(1, round(every_s / progress.step_s)),
+        "best_every_steps": max(1, round(every_s / standing.step_s)),
     }
 
 
@@ -147,7 +147,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"a checkpoint stalls the run {save['stall_s']:.2f} s and is written in {save['write_s']:.1f} s; "
             f"failures every {save['mtbf_s'] / 3600:.1f} h ({how}): best every {save['best_every_s']:.0f} s, "
-            f"--checkpoint.every {save['best_every_steps']}"
+            f"--checkpoint.every {save['best_every_steps']}, or by --checkpoint.mtbf_h"
         )
     if end := report["last_end"]:
         said = end.get("reason") or end.get("error") or ""

@@ -12,7 +12,7 @@ from hvdlm.cluster import batch_script
 from hvdlm.cluster.finding import Finding
 from hvdlm.cluster.queue import hand_in
 from hvdlm.config import EXIT_CRASH, EXIT_DONE, EXIT_USAGE, UserError
-from hvdlm.config.parse import load_config, run_folder
+from hvdlm.config.parse import folder_of, load_config
 from hvdlm.run import jobs
 from hvdlm.slurm.lints import Planned, lint
 from hvdlm.slurm.site import Site, find_script, read_site
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.chain < 1:
         raise UserError(f"--chain {args.chain}: must be at least 1")
     config, recipe = load_config(args.arguments, prog="python -m hvdlm.train")
-    folder = run_folder(config, recipe)
+    folder = folder_of(config, recipe)
     site, script = read_site(args.site), find_script(args.script)
     options = [f"--job-name={jobs.job_name(folder)}", *site.sbatch_options, *_own_options(args)]
     arguments = [*options, str(script), *args.arguments]

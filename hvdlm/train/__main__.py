@@ -14,35 +14,58 @@ import torch
 
 from hvdlm.cluster import job
 from hvdlm.comm import launch, world
+from hvdlm.comm.member import ELASTIC
 from hvdlm.comm.world import AgreedError, World
 from hvdlm.config import (
     EXIT_DONE,
     EXIT_USAGE,
-    DataConfig,
     RunConfig,
     UserError,
     check,
     run_command,
     total_steps,
 )
-from hvdlm.config.parse import DEFAULT_RECIPE, load_config, run_folder
+from hvdlm.config.parse import DEFAULT_RECIPE, folder_of, load_config
 from hvdlm.corpus import demo
 from hvdlm.parallel.choice import FILE, choose
-from hvdlm.run import crash, exit_record, jobs
+from hvdlm.run import crash, exit_record
 from hvdlm.run.folder import Start
-from hvdlm.train.agree import agree_on_start
+from hvdlm.train import worker
+from hvdlm.train.agree import Agreed, agree_on_start
 from hvdlm.train.headline import timeline_path
 from hvdlm.train.loop import train
 from hvdlm.train.session import open_session
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    return _work(argv) if ELASTIC in os.environ else _start(argv)
+
+
+def _work(argv: list[str]) -> int:
+    """As a worker of an elastic run."""
+    member, told = worker.join()
+    config, recipe = load_config(argv, prog="python -m hvdlm.train")
+    config = _choose_strategy(config, launch.Launch("gloo", rank=1))
+    worker.check_elastic(config)
+    run_folder = folder_of(config, recipe)
+
+    def finished(agreed: Agreed, ranks: World) -> int:
+        return _say_finished(run_folder, agreed.start, ranks)
+
+    return worker.Worker(config, run_folder, member, token=told["token"], finished=finished).run()
+
+
+def _start(argv: list[str]) -> int:
+    """Alone, or as a rank of what a launcher started."""
     here = launch.Launch("single")
     try:
         here = launch.classify(os.environ)
-        config, recipe = load_config(sys.argv[1:] if argv is None else argv, prog="python -m hvdlm.train")
+        config, recipe = load_config(argv, prog="python -m hvdlm.train")
         config = _choose_strategy(config, here)
-        _prepare_demo(config, recipe, here)
+        if here.rank == 0:
+            # Before MPI starts, as it takes processes.
+            demo.prepare_if_asked(config.data.path, is_demo=recipe == DEFAULT_RECIPE)
     except UserError:
         if here.rank == 0:
             raise
@@ -55,18 +78,10 @@ def main(argv: list[str] | None = None) -> int:
         gpus=torch.cuda.device_count(),
         timeline=config.log.timeline,
     )
-    folder = run_folder(config, recipe)
+    run_folder = folder_of(config, recipe)
     # Before MPI starts, as it takes a process.
     job_end_unix = _job_end_unix() if here.rank == 0 else 0.0
-    return _run(config, folder, world.init(here, settings, meeting=folder), job_end_unix=job_end_unix)
-
-
-def _prepare_demo(config: RunConfig, recipe: str, here: launch.Launch) -> None:
-    """Shard the demo corpus where the demo recipe lacks it: before MPI starts, as it takes processes."""
-    (data_folder,) = DataConfig().weights
-    own = recipe == DEFAULT_RECIPE and config.data.path == data_folder
-    if own and here.rank == 0 and not (Path(data_folder) / "manifest.json").exists():
-        demo.prepare(Path(data_folder))
+    return _run(config, run_folder, world.init(here, settings, meeting=run_folder), job_end_unix=job_end_unix)
 
 
 def _choose_strategy(config: RunConfig, here: launch.Launch) -> RunConfig:
@@ -105,11 +120,13 @@ def _run(config: RunConfig, run_folder: Path, ranks: World, *, job_end_unix: flo
             crash.end_job_on_thread_errors(ranks, run_folder, attempt)
             if config.log.timeline:
                 ranks.start_timeline(timeline_path(run_folder, attempt))
-            exit_code = train(open_session(config, run_folder, ranks, agreed))
+            exit_code = train(open_session(config, run_folder, ranks, agreed)) or EXIT_DONE
         ranks.close()
         return exit_code
     except AgreedError as error:
-        return _leave_together(error, run_folder, attempt, ranks)
+        crash.leave_together("train", error, ranks, run_folder=run_folder, attempt=attempt)
+        ranks.close()
+        return error.exit_code
     except BaseException as error:
         crash.end_job("train", error, ranks, run_folder=run_folder if attempt else None, attempt=attempt)
         raise
@@ -127,18 +144,6 @@ def _say_finished(run_folder: Path, start: Start, ranks: World) -> int:
         last = start.attempt - 1
         exit_record.write(run_folder, "done", attempt=last, step=steps, exit_code=EXIT_DONE, reason=reason)
     return EXIT_DONE
-
-
-def _leave_together(error: AgreedError, run_folder: Path, attempt: int, ranks: World) -> int:
-    """Every rank has this error: rank 0 reports it, and all leave in order."""
-    if ranks.is_root:
-        print(f"hvdlm train: error: {error}", file=sys.stderr, flush=True)
-        if attempt:
-            crash.record(run_folder, attempt=attempt, rank=0, exit_code=error.exit_code, error=str(error))
-        else:
-            jobs.note_refusal(run_folder, os.environ, exit_code=error.exit_code, error=str(error))
-    ranks.close()
-    return error.exit_code
 
 
 if __name__ == "__main__":

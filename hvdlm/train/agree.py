@@ -13,8 +13,10 @@ from hvdlm.data.manifest import Manifest, TokenizerInfo, read_tokenizer
 from hvdlm.data.sources import Source, read_sources, window_counts
 from hvdlm.parallel.choice import FILE
 from hvdlm.run.folder import Start, discard_empty, make_folder, open_run
-from hvdlm.run.lease import Lease
+from hvdlm.run.lease import BorrowedLease, Lease
+from hvdlm.run.progress import Progress
 from hvdlm.run.stages import StageSource, check_epochs
+from hvdlm.train.carry import Carry
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,16 @@ class Agreed:
     """What all ranks know before they build anything.
 
     `carried` are the small files that every checkpoint takes along, by name. `job_end_unix` is when
-    the job ends, in seconds since 1970; 0 where it has no end. Only rank 0 has the `lease`.
+    the job ends, in seconds since 1970; 0 where it has no end. Only rank 0 has the `lease`. `progress`
+    is how far the run is in rank 0's memory; None where it begins, or goes on from a checkpoint.
     """
 
     start: Start
     sources: list[Source]
     carried: dict[str, bytes]
     job_end_unix: float
-    lease: Lease | None
+    lease: Lease | BorrowedLease | None
+    progress: Progress | None = None
 
     def close(self) -> None:
         """Give the run folder free."""
@@ -42,8 +46,24 @@ class Agreed:
         return self.sources[0].manifest.tokenizer
 
 
-def agree_on_start(config: RunConfig, run_folder: Path, ranks: World, *, job_end_unix: float = 0.0) -> Agreed:
+def agree_on_start(
+    config: RunConfig,
+    run_folder: Path,
+    ranks: World,
+    *,
+    job_end_unix: float = 0.0,
+    lease: BorrowedLease | None = None,
+    carry: Carry | None = None,
+) -> Agreed:
     """Read the manifests and the run folder on rank 0, and tell all ranks what it knows.
+
+    Args:
+        config: of the run.
+        run_folder: of the run.
+        ranks: of this attempt.
+        job_end_unix: when the job ends, as rank 0 knows it.
+        lease: what an elastic run's driver holds for its workers; None = rank 0 takes one of its own.
+        carry: how far the run is in memory; rank 0's counts.
 
     Raises:
         AgreedError: a data set is missing or damaged, or would be read too often, or the run cannot
@@ -57,36 +77,39 @@ def agree_on_start(config: RunConfig, run_folder: Path, ranks: World, *, job_end
             f"parallel.strategy auto: ranks found {', '.join(sorted(set(strategies)))}, needed one for all; "
             f"{FILE} is not the same on all nodes: share that folder, or name a strategy"
         )
-    leases: list[Lease] = []
+    leases: list[Lease | BorrowedLease] = []
 
     def read() -> dict[str, Any]:
         sources = read_sources(config.data.weights)
         first = sources[0]
         make_folder(run_folder)
-        leases.append(Lease(run_folder))
-        start = _open_run(config, run_folder, sources)
+        leases.append(lease or Lease(run_folder))
+        start = carry.start(run_folder) if carry else _open_run(config, run_folder, sources)
         return {
             "sources": [(str(source.folder), source.manifest.to_json()) for source in sources],
             "start": start.to_json(),
             "tokenizer": read_tokenizer(first.folder, first.manifest.tokenizer).decode(),
             "job_end_unix": job_end_unix,
+            "progress": carry.progress.to_record() if carry else None,
         }
 
     try:
         agreed = ranks.on_root(read, name="start.agree")
     except AgreedError:
-        for lease in leases:
-            lease.release()
+        for held in leases:
+            held.release()
             discard_empty(run_folder)
         raise
     carried = {"config.toml": to_toml(config).encode(), "tokenizer.json": agreed["tokenizer"].encode()}
     sources = [Source(Path(folder), Manifest.from_json(text)) for folder, text in agreed["sources"]]
+    progress = agreed["progress"]
     return Agreed(
         Start.from_json(agreed["start"]),
         sources,
         carried,
         agreed["job_end_unix"],
         leases[0] if leases else None,
+        progress=Progress.from_record(progress) if progress else None,
     )
 
 

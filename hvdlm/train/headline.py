@@ -20,7 +20,10 @@ def headline(
     """What runs where, and from where it starts."""
     parameters = sum(p.numel() for p in model.parameters())
     where = next(model.parameters()).device
-    begin = f"resumed from {start.checkpoint}" if start.checkpoint else "from the beginning"
+    begin = "from the beginning"
+    if start.step:
+        kept = f"goes on in memory after step {start.step}"
+        begin = f"resumed from {start.checkpoint}" if start.checkpoint else kept
     return [
         f"hvdlm {__version__}: {config.model.kind} of {parameters / 1e6:.2f} M parameters, "
         f"{config.train.precision} on {where.type}, {ranks.size} rank(s) ({ranks.kind}), "

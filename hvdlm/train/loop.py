@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -14,6 +14,8 @@ from hvdlm.parallel.strategy import StepStats
 from hvdlm.run import checkpoint, exit_record, folder, stop
 from hvdlm.run.course import Course
 from hvdlm.run.evaluation import mean_loss
+from hvdlm.run.ledger import row_of
+from hvdlm.run.progress import Progress
 from hvdlm.run.schedule import learning_rate
 from hvdlm.run.spikes import loss_limit
 from hvdlm.train.guards import check_same_parameters, check_skipped
@@ -21,62 +23,93 @@ from hvdlm.train.pulse import Pulse
 from hvdlm.train.session import Session, batch_plan
 
 
-def train(s: Session) -> int:
+def train(s: Session) -> int | None:
     """From the last checkpoint, or from nothing, to the last step or a wish to stop.
 
     Returns:
-        EXIT_DONE, or EXIT_REQUEUE with a committed checkpoint.
+        EXIT_DONE, or EXIT_REQUEUE with a committed checkpoint; None where an elastic run goes on in
+        another world.
 
     Raises:
         AgreedError: steps update nothing any more, the ranks hold different parameters, or a checkpoint
             cannot be written.
+        LostPeerError: another rank is gone.
         UserError: this rank's data is damaged.
 
     Collective: yes.
     """
-    if s.agreed.start.step == 0:
+    now, pulse = s.progress, Pulse(s.ranks, s.wish)
+    if now.step == 0:
         _validate(s, 0)
-    course, best, pulse = s.agreed.start.course, s.agreed.start.best, Pulse(s.ranks, s.wish)
-    for batch in s.profile.steps(s.loader.steps(s.agreed.start.step)):
-        lr = learning_rate(batch.step, s.config.optim, s.steps, scale=course.plateau.scale)
-        limit = loss_limit(course.losses, s.config.train.spike_sigmas)
+    elif s.reports and now.stats and s.reports.metrics.last_step < now.step:
+        # The rank 0 that did it did not live to tell.
+        s.reports.metrics.train(now.step, now.stats, now.lr, show=False, more={})
+    if now.stats and not now.is_settled and (ended := _after_step(s, now, now.stats)):
+        return ended.exit_code
+    for batch in s.profile.steps(s.loader.steps(now.step)):
+        lr = learning_rate(batch.step, s.config.optim, s.steps, scale=now.course.plateau.scale)
+        limit = loss_limit(now.course.losses, s.config.train.spike_sigmas)
         with s.profile.phase("step"):
             stats = s.strategy.step(batch, lr, wish=pulse.begin_step(len(batch.slots)), loss_limit=limit)
-        course, done = course.after(stats), batch.step == s.steps
-        _report(s, batch, stats, lr, pulse=pulse)
-        if stats.skipped or not stats.wish.writing:
-            _commit(s)
-        check_skipped(stats, course, s.config.train, step=batch.step, last=done, run_folder=s.run_folder)
-        if problem := s.checks.problem():
-            raise UserError(problem)
-        val_loss = _validate(s, batch.step) if done or _due(batch.step, s.config.eval.every) else None
-        if _due(batch.step, s.config.eval.every):
-            course = course.validated(batch.step, val_loss, s.config.optim)
-        done = done or course.plateau.finished
-        leaves = done or stats.wish.stop
-        saves = leaves or stats.wish.save or _due(batch.step, s.config.checkpoint.every)
-        if s.config.train.digest_every and (saves or _due(batch.step, s.config.train.digest_every)):
-            # What is in flight was compared when it was copied.
-            _commit(s)
-            check_same_parameters(s.strategy, s.ranks, step=batch.step)
-        if saves:
-            best = checkpoint.rank_best(best, batch.step, val_loss, count=s.config.checkpoint.keep_best)
-            with s.profile.phase("save"):
-                _save(s, batch.step, course=course, best=best, asked=leaves or stats.wish.save)
-        if leaves:
-            _commit(s)
-            return _finish(s, batch.step, EXIT_DONE if done else EXIT_REQUEUE, course=course)
+        now.took(batch.step, stats, lr)
+        _report(s, now, batch, pulse=pulse)
+        if ended := _after_step(s, now, stats):
+            return ended.exit_code
     raise AssertionError("the loader is endless")
 
 
-def _report(s: Session, batch: StepBatch, stats: StepStats, lr: float, *, pulse: Pulse) -> None:
+@dataclass(frozen=True)
+class _Ended:
+    """The loop is over: `exit_code` as `train` returns it."""
+
+    exit_code: int | None
+
+
+def _after_step(s: Session, now: Progress, stats: StepStats) -> _Ended | None:
+    """What a step that was done asks for: checks, validation, a save, the end."""
+    step, done = now.step, now.step == s.steps
+    if stats.skipped or not stats.wish.writing:
+        _commit(s)
+    check_skipped(stats, now.course, s.config.train, step=step, last=done, run_folder=s.run_folder)
+    if problem := s.checks.problem():
+        raise UserError(problem)
+    course = now.course
+    val_loss = _validate(s, step) if done or _due(step, s.config.eval.every) else None
+    if _due(step, s.config.eval.every):
+        course = course.validated(step, val_loss, s.config.optim)
+    done = done or course.plateau.finished
+    leaves = done or stats.wish.stop
+    # What no rank's memory holds whole goes to the next world by the disk.
+    asked = leaves or stats.wish.save or (stats.wish.resize and s.strategy.whole() is None)
+    saves = asked or _due(step, s.config.checkpoint.every)
+    if s.config.train.digest_every and (saves or _due(step, s.config.train.digest_every)):
+        # What is in flight was compared when it was copied.
+        _commit(s)
+        check_same_parameters(s.strategy, s.ranks, step=step)
+    best = now.best
+    if saves:
+        best = checkpoint.rank_best(best, step, val_loss, count=s.config.checkpoint.keep_best)
+        with s.profile.phase("save"):
+            _save(s, step, course=course, best=best, asked=asked)
+    if leaves or stats.wish.resize:
+        _commit(s)
+    now.settled(course, best)
+    if leaves:
+        return _Ended(_finish(s, step, EXIT_DONE if done else EXIT_REQUEUE, course=course))
+    return _Ended(None) if stats.wish.resize else None
+
+
+def _report(s: Session, now: Progress, batch: StepBatch, *, pulse: Pulse) -> None:
     """The step's rows; at a log line also what the ranks tell of themselves."""
+    row = row_of(batch, world_size=s.ranks.size, attempt=s.agreed.start.attempt)
+    if s.member:
+        now.rows.append(row)
     show = batch.step == s.steps or _due(batch.step, s.config.log.every)
     more = pulse.beat() if show else {}
-    if not s.reports:
+    if not s.reports or now.stats is None:
         return
-    s.reports.ledger.add(batch, world_size=s.ranks.size)
-    s.reports.metrics.train(batch.step, stats, lr, show=show, more=more)
+    s.reports.ledger.add(row)
+    s.reports.metrics.train(batch.step, now.stats, now.lr, show=show, more=more)
     for line in pulse.warnings if show else []:
         s.reports.metrics.say(line)
 
@@ -122,6 +155,7 @@ def _save(s: Session, step: int, *, course: Course, best: checkpoint.Best, asked
         "eos_id": s.agreed.tokenizer.eos_id,
         "versions": {"hvdlm": __version__, "torch": torch.__version__},
     }
+    s.pace.begin()
     s.saver.begin(s.strategy.pieces(), state, asked=asked, before=s.check_lease)
     if not s.config.checkpoint.asynchronous:
         _commit(s)
@@ -132,6 +166,9 @@ def _save(s: Session, step: int, *, course: Course, best: checkpoint.Best, asked
 def _commit(s: Session) -> None:
     """Finish the save that is in flight, where one is."""
     saved = s.saver.finish(before=s.before_commit)
+    if saved:
+        s.pace.committed(saved.seconds)
+        s.progress.saved(saved.step)
     if saved and s.reports:
         s.reports.metrics.saved(saved.step, saved.seconds, size_bytes=saved.size_bytes)
         checkpoints, best = s.run_folder / folder.CHECKPOINTS, saved.state["best"]

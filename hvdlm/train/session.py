@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from hvdlm.comm import device
+from hvdlm.comm.member import Member
 from hvdlm.comm.world import World
 from hvdlm.config import RunConfig, total_steps
 from hvdlm.data.files import unwritable, write_atomic
@@ -24,9 +26,12 @@ from hvdlm.run import checkpoint, exit_record, ledger, restore, stop
 from hvdlm.run.folder import CHECKPOINTS, Start
 from hvdlm.run.ledger import Ledger
 from hvdlm.run.metrics import Metrics
+from hvdlm.run.pace import Pace
 from hvdlm.run.profile import Profile
+from hvdlm.run.progress import Progress
 from hvdlm.run.saver import Saver
 from hvdlm.train.agree import Agreed
+from hvdlm.train.carry import Elastic, shared_read
 from hvdlm.train.checks import BlockChecks, begin_checks
 from hvdlm.train.guards import check_same_parameters
 from hvdlm.train.headline import headline, sizes
@@ -43,7 +48,10 @@ class Reports:
 
 @dataclass(frozen=True)
 class Session:
-    """One attempt of a run; only rank 0 has `reports`. `sources` are where this rank reads from."""
+    """One attempt of a run; only rank 0 has `reports`. `sources` are where this rank reads from.
+
+    In an elastic run a world is an attempt, and `member` the way to the driver.
+    """
 
     config: RunConfig
     steps: int
@@ -56,13 +64,20 @@ class Session:
     watch: stop.StopWatch
     checks: BlockChecks
     saver: Saver
+    pace: Pace
     profile: Profile
+    progress: Progress
     reports: Reports | None
+    member: Member | None
 
     def wish(self) -> Wish:
-        """What this rank says in the step it is in; while a save is in flight none is begun for SAVE."""
-        save = self.watch.save_requested and not self.saver.in_flight
-        return Wish(self.watch.requested, save, self.saver.writing)
+        """What this rank says in the step it is in; while a save is in flight no other is asked for."""
+        save = (self.watch.save_requested or self.pace.due) and not self.saver.in_flight
+        resize = False
+        if self.member:
+            self.watch.ask(self.member.stop)
+            resize = self.member.resize
+        return Wish(self.watch.requested, save, self.saver.writing, resize)
 
     def check_lease(self) -> None:
         """On rank 0: is the run still this start's?
@@ -91,6 +106,8 @@ class Session:
         self.profile.close()
         self.loader.close()
         self.checks.close()
+        # One that is in flight is that of a world that broke.
+        self.saver.abandon()
         self.saver.close()
         if self.reports:
             self.reports.ledger.close()
@@ -99,8 +116,17 @@ class Session:
         self.watch.close()
 
 
-def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agreed) -> Session:
-    """Build loader, model and strategy, and load the checkpoint where there is one.
+def open_session(
+    config: RunConfig, run_folder: Path, ranks: World, agreed: Agreed, *, elastic: Elastic | None = None
+) -> Session:
+    """Build loader, model and strategy, and load the checkpoint or what is in memory, where there is one.
+
+    Args:
+        config: of the run.
+        run_folder: of the run.
+        ranks: of this attempt.
+        agreed: between them.
+        elastic: what a worker of an elastic run has besides.
 
     Raises:
         AgreedError: there is no room for the checkpoints.
@@ -119,15 +145,20 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
     when = config.data.verify if sources == agreed.sources else "off"
     checks = begin_checks(when, sources, known=start.verified, ranks=ranks)
     notes += checks.notes
-    model = build_model(config, agreed.tokenizer, ranks, resumed=bool(start.checkpoint))
+    resumed = bool(start.checkpoint) or agreed.progress is not None
+    model = build_model(config, agreed.tokenizer, ranks, resumed=resumed)
     _check_space(config, run_folder, ranks, model=model)
-    strategy = _build_strategy(config, model, ranks, start=start)
+    strategy = _build_strategy(
+        config, model, ranks, agreed=agreed, tensors=elastic.tensors if elastic else {}
+    )
     profile = Profile(run_folder, steps=config.log.profile, attempt=start.attempt, rank=ranks.rank)
     notes += profile.notes(start.step, total_steps(config))
     reports = None
     if ranks.is_root:
         reports = _open_reports(config, run_folder, start, ranks=ranks, model=model)
         about_data = sizes(config, agreed.sources, start, windows=loader.windows, ranks=ranks)
+        # Of every further world of an elastic run this is known.
+        about_data = [] if agreed.progress else about_data
         for line in [*headline(config, run_folder, start, ranks=ranks, model=model), *about_data, *notes]:
             reports.metrics.say(line)
     return Session(
@@ -142,8 +173,11 @@ def open_session(config: RunConfig, run_folder: Path, ranks: World, agreed: Agre
         watch=watch,
         checks=checks,
         saver=Saver(run_folder / CHECKPOINTS, ranks, files=agreed.carried),
+        pace=Pace(3600 * config.checkpoint.mtbf_h if ranks.is_root else 0.0),
         profile=profile,
+        progress=agreed.progress or Progress(start.step, start.step, start.course, start.best),
         reports=reports,
+        member=elastic.member if elastic else None,
     )
 
 
@@ -173,9 +207,10 @@ def _mark_running(run_folder: Path, agreed: Agreed) -> None:
     for name, content in agreed.carried.items():
         write_atomic(run_folder / name, content)
     start = agreed.start
+    step = agreed.progress.saved_step if agreed.progress else start.step
     fruitless = start.starts_without_progress
     exit_record.write(
-        run_folder, "running", attempt=start.attempt, step=start.step, starts_without_progress=fruitless
+        run_folder, "running", attempt=start.attempt, step=step, starts_without_progress=fruitless
     )
 
 
@@ -247,13 +282,17 @@ def _check_space(config: RunConfig, run_folder: Path, ranks: World, *, model: nn
     ranks.on_root(check, name="session.space")
 
 
-def _build_strategy(config: RunConfig, model: nn.Module, ranks: World, *, start: Start) -> Strategy:
+def _build_strategy(
+    config: RunConfig, model: nn.Module, ranks: World, *, agreed: Agreed, tensors: Mapping[str, torch.Tensor]
+) -> Strategy:
     slots = share_of(config.train.global_batch // config.train.micro_batch, (ranks.rank, ranks.size))
     plan = StepPlan(config.optim, config.parallel, config.train.precision, len(slots))
     strategy = STRATEGIES[config.parallel.strategy](model, ranks, plan)
-    if start.checkpoint:
-        strategy.load(restore.reopen(Path(start.checkpoint)).read)
-    check_same_parameters(strategy, ranks, step=start.step)
+    if agreed.progress:
+        strategy.load(shared_read(tensors, ranks))
+    elif agreed.start.checkpoint:
+        strategy.load(restore.reopen(Path(agreed.start.checkpoint)).read)
+    check_same_parameters(strategy, ranks, step=agreed.start.step)
     return strategy
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hvdlm.run.progress import SaveCost, best_interval_s, job_times, read_progress
+from hvdlm.run.standing import SaveCost, best_interval_s, job_times, read_standing
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -33,15 +33,15 @@ def test_steps_done_again_do_not_count(tmp_path: Path) -> None:
     ]
     times = {"snapshot_s": 1.0, "stall_s": 2.0, "commit_s": 0.5, "write_s": 30.0}
     write(tmp_path / "metrics.jsonl", [*metrics, {"kind": "save", "step": 4, **times, "bytes": 1}])
-    found = read_progress(tmp_path)
+    found = read_standing(tmp_path)
     assert (found.attempts, found.step, found.loss, found.steps_done, found.steps_kept) == (2, 5, 5.0, 7, 5)
     assert (found.tokens_per_s, found.step_s, found.training_s) == (50.0, 2.0, 14.0)
     assert found.save == SaveCost(stall_s=3.5, write_s=31.5)
 
 
 def test_a_run_that_has_not_begun_has_done_nothing(tmp_path: Path) -> None:
-    assert read_progress(tmp_path).step == 0
-    assert read_progress(tmp_path).save is None
+    assert read_standing(tmp_path).step == 0
+    assert read_standing(tmp_path).save is None
 
 
 def test_the_interval_is_young_s_and_no_shorter_than_a_save() -> None:

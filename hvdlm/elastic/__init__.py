@@ -1,0 +1,1 @@
+"""Training whose hosts come and go."""

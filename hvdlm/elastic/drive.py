@@ -1,0 +1,70 @@
+"""Driving a run: the server of an elastic run, and a process on each host of its own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+
+from hvdlm.cluster.elastic.driver import Driver
+from hvdlm.cluster.elastic.hosts import Hosts, own_nodes
+from hvdlm.cluster.elastic.members import Policy
+from hvdlm.comm.store import own_address
+from hvdlm.config.parse import DEFAULT_RECIPE, folder_of, load_config
+from hvdlm.corpus import demo
+from hvdlm.elastic.slots import slots_of_host
+from hvdlm.run.folder import make_folder
+from hvdlm.run.lease import Lease
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def drive(args: argparse.Namespace, train_args: list[str]) -> int:
+    """Train until the run is done, stopped, or cannot go on.
+
+    Args:
+        args: slots, min_workers.
+        train_args: those of `python -m hvdlm.train`.
+
+    Returns:
+        Exit code of the run.
+
+    Raises:
+        UserError: bad arguments; another start trains there; the nodes of the job are not known.
+    """
+    config, recipe = load_config(train_args, prog="python -m hvdlm.train")
+    demo.prepare_if_asked(config.data.path, is_demo=recipe == DEFAULT_RECIPE)
+    run_folder = folder_of(config, recipe)
+    make_folder(run_folder)
+    nodes, slots = own_nodes(os.environ), slots_of_host(args.slots, os.environ)
+    lease = Lease(run_folder)
+    policy = Policy(min_workers=args.min_workers, first_workers=slots * max(1, len(nodes)))
+    driver = Driver(
+        run_folder,
+        own_address(os.environ.get("SLURMD_NODENAME", nodes[0])) if nodes else "127.0.0.1",
+        ["-m", "hvdlm.train", *train_args],
+        policy=policy,
+        job=os.environ.get("SLURM_JOB_ID", ""),
+        token=lease.token,
+    )
+    hosts = Hosts(nodes, run_folder, slots=slots)
+    for number in _SIGNALS:
+        signal.signal(number, lambda n, _: hosts.ask_stop(f"signal {signal.Signals(n).name}"))
+
+    def tend() -> None:
+        hosts.tend(wanted=not driver.roster.stop_reason and driver.roster.end_code is None)
+        if hosts.stop_asked:
+            driver.stop(hosts.stop_asked)
+
+    try:
+        return driver.run(say=_say, tend=tend)
+    finally:
+        hosts.close()
+        driver.close()
+        lease.release()
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"hvdlm elastic: {line}\n")
+    sys.stdout.flush()
