@@ -17,7 +17,8 @@ import pytest
 from hvdlm.config import RunConfig
 from hvdlm.config.parse import to_toml
 from tests import helpers
-from tests.cluster import jobs
+from tests.cluster import batch_site, jobs
+from tests.cluster.batch_site import write_site
 from tests.cluster.one_machine import Machine
 
 pytestmark = pytest.mark.usefixtures("slurm")
@@ -179,3 +180,30 @@ def test_a_rank_that_fails_on_one_node_is_found_by_pairs(slurm: Machine, tmp_pat
     assert code == 1, output
     assert failures(tmp_path, number) == {("n3", "all-reduce")}
     assert "cannot open shared object file" in output
+
+
+@pytest.mark.long
+def test_the_batch_script_goes_on_without_a_bad_node(slurm: Machine, tiny_data: Path, tmp_path: Path) -> None:
+    """A chain of jobs of three nodes: the first finds another package on n2, the second has the others."""
+    site, run_folder = write_site(tmp_path, "none"), tmp_path / "run"
+    site.write_text(site.read_text().replace("--nodes=2", "--nodes=3"))
+    with site.open("a") as file:
+        file.write(f'HVDLM_PREFLIGHT=1\nHVDLM_PREFLIGHT_OPTIONS="{" ".join(CALM)}"\n')
+    package = tmp_path / "package"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "audit.py").write_bytes((package / "audit.py").read_bytes() + b"#")
+    state = ["scontrol", "update", "NodeName=n4"]
+    subprocess.run([*state, "State=DRAIN", "Reason=later"], check=True)
+    with slurm.mounted("n2", package, PACKAGE):
+        train = helpers.train_command(tiny_data, run_folder)
+        first, second = batch_site.submit(site, train, "--chain", "2")
+        jobs.wait_for_end(first)
+        subprocess.run([*state, "State=UNDRAIN"], check=True)
+        jobs.wait_for_end(second)
+    assert jobs.exit_codes(first) == {"75"}, batch_site.log(site, first)
+    assert "train_64gpu.sh: the preflight ended with 75: no ranks are started" in batch_site.log(site, first)
+    assert jobs.exit_codes(second) == {"0"}, batch_site.log(site, second)
+    reports = [json.loads((run_folder / "preflight" / f"{job}.json").read_text()) for job in (first, second)]
+    assert [report["bad"] for report in reports] == [["n2"], []]
+    assert [report["nodes"] for report in reports] == [["n1", "n2", "n3"], ["n1", "n3", "n4"]]
+    assert helpers.exit_record(run_folder)["state"] == "done"
