@@ -59,11 +59,11 @@ def failures(folder: Path, number: str) -> set[tuple[str, str]]:
 
 @contextlib.contextmanager
 def slow_network(slurm: Machine, node: str) -> Iterator[None]:
-    """All that a node sends goes through a bottleneck of 20 Mbit/s."""
+    """All that a node sends goes through a bottleneck of 10 Mbit/s."""
     if not slurm.own_network:
         pytest.skip("the nodes share one network")
     tc = [*slurm.inside(node), "tc", "qdisc"]
-    bottleneck = "tbf rate 20mbit burst 64kb latency 400ms".split()
+    bottleneck = "tbf rate 10mbit burst 64kb latency 400ms".split()
     subprocess.run([*tc, "add", "dev", "eth0", "root", *bottleneck], check=True)
     try:
         yield
