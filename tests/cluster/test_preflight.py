@@ -125,6 +125,24 @@ def test_a_run_folder_that_one_node_may_not_write(slurm: Machine, tmp_path: Path
     assert "Read-only file system" in output
 
 
+def test_where_nothing_works_every_node_is_named(tmp_path: Path) -> None:
+    """The run folder is a file, so nobody can write; and in no time nobody answers."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "preflight").write_text("")
+    number, log = preflight(tmp_path, "--mpi off --json", "--")
+    code, output = ended(number, log)
+    assert code == 1, output
+    report = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+    failed = [(one["node"], one["name"]) for one in report["findings"] if one["state"] == "fail"]
+    assert failed == [(node, "run folder") for node in ("n1", "n2", "n3", "n4")]
+    (tmp_path / "run" / "preflight").unlink()
+
+    number, log = preflight(tmp_path, "--mpi off --first-s 0.01", "--")
+    code, output = ended(number, log)
+    assert code == 1, output
+    assert failures(tmp_path, number) == {(node, "hello") for node in ("n1", "n2", "n3", "n4")}
+
+
 @pytest.mark.long
 def test_a_node_with_a_slow_link_is_left_out_of_the_next_job(slurm: Machine, tmp_path: Path) -> None:
     job = ("--job-name=chain", "--dependency=singleton")
