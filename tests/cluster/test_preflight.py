@@ -41,7 +41,7 @@ def preflight(folder: Path, *options: str, job: tuple[str, ...] = (), before: st
 
 def ended(number: str, log: str) -> tuple[int, str]:
     """Its exit code, and what it printed."""
-    jobs.wait_for_end(number)
+    jobs.wait_for_end(number, within_s=150)
     (code,) = jobs.exit_codes(number)
     return int(code), Path(log).read_text()
 
@@ -215,9 +215,9 @@ def test_the_batch_script_goes_on_without_a_bad_node(slurm: Machine, tiny_data: 
     with slurm.mounted("n2", package, PACKAGE):
         train = helpers.train_command(tiny_data, run_folder)
         first, second = batch_site.submit(site, train, "--chain", "2")
-        jobs.wait_for_end(first)
+        jobs.wait_for_end(first, within_s=240)
         subprocess.run([*state, "State=UNDRAIN"], check=True)
-        jobs.wait_for_end(second)
+        jobs.wait_for_end(second, within_s=240)
     assert jobs.exit_codes(first) == {"75"}, batch_site.log(site, first)
     assert "train_64gpu.sh: the preflight ended with 75: no ranks are started" in batch_site.log(site, first)
     assert jobs.exit_codes(second) == {"0"}, batch_site.log(site, second)
