@@ -36,6 +36,7 @@ set -uo pipefail
 STOPPED=75  # The exit code that says: start me again.
 
 if [[ -n ${HVDLM_ENV:-} ]]; then
+    # shellcheck source=/dev/null
     . "$HVDLM_ENV/bin/activate" || exit 2
 fi
 if ! python -c "import hvdlm" 2>/dev/null; then

@@ -25,8 +25,9 @@ from hvdlm.config import RunConfig, UserError
 from hvdlm.config.parse import load_config
 from hvdlm.corpus import demo
 from hvdlm.data.loader import Loader, StepBatch
-from hvdlm.run import ledger, metrics
+from hvdlm.run import ledger
 from hvdlm.run.saver import Saver
+from hvdlm.run.standing import METRICS_FILE
 from hvdlm.train.agree import agree_on_start
 from hvdlm.train.loop import train
 from hvdlm.train.session import open_session
@@ -144,7 +145,7 @@ def _run(config: RunConfig, run_folder: Path, ranks: world.World) -> Pacer:
 
 
 def _save_rows(run_folder: Path) -> list[dict[str, Any]]:
-    return [row for row in ledger.read_rows(run_folder / metrics.FILE_NAME) if row["kind"] == "save"]
+    return [row for row in ledger.read_rows(run_folder / METRICS_FILE) if row["kind"] == "save"]
 
 
 def _dd_mb_s(folder: Path, size_bytes: int) -> float:

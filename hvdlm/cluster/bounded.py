@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-_MARK = "HVDLM_BOUNDED_CHILD"
+MARK = "HVDLM_BOUNDED_CHILD"
+"""The variable by which a child and what it starts are known."""
 # A launcher started inside a rank takes that rank's place in the outer job, and hangs.
 _RANK_PREFIXES = ("OMPI_COMM_", "OMPI_UNIVERSE_", "PMIX_", "PMI_", "PRTE_", "HOROVOD_RANK", "HOROVOD_SIZE")
 
@@ -54,7 +55,7 @@ def run_bounded(
     """
     mark = uuid.uuid4().hex
     env = {k: v for k, v in os.environ.items() if not k.startswith(_RANK_PREFIXES)}
-    env |= {**(more_env or {}), _MARK: mark}
+    env |= {**(more_env or {}), MARK: mark}
     # In memory and not a pipe: an orphan that keeps a pipe open would keep its reader waiting.
     with os.fdopen(os.memfd_create("output"), "w+b") as sink:
         try:
@@ -86,7 +87,7 @@ def _end_all(mark: str) -> None:
 
 
 def _marked(mark: str) -> Iterable[int]:
-    entry = f"{_MARK}={mark}".encode()
+    entry = f"{MARK}={mark}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if entry in (folder / "environ").read_bytes().split(b"\0"):

@@ -43,6 +43,7 @@ BLOCK_SAMPLES = 4096
 _NOT_NEGATIVE = (
     "checkpoint.keep_every",
     "checkpoint.keep_best",
+    "checkpoint.mtbf_h",
     "data.prefetch",
     "data.shuffle_mb",
     "log.profile",

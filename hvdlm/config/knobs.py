@@ -158,7 +158,9 @@ class EvalConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 500
-    """Steps between checkpoints, besides the last; 0 = only the last."""
+    """Steps between checkpoints, besides the last; 0 = only the last, and those of mtbf_h."""
+    mtbf_h: float = 0.0
+    """Hours between failures, for checkpoints by the clock, as often as loses least; 0 = none of these."""
     asynchronous: bool = True
     """Write checkpoints in a thread while training goes on, from a copy in CPU memory."""
     keep_last: int = 2

@@ -73,19 +73,24 @@ def prune(folder: Path, keep: CheckpointConfig, *, best: Best) -> list[Path]:
     return doomed
 
 
+def full_size_bytes(model: nn.Module) -> int:
+    """Of a checkpoint: the model and two moments of each trained parameter, fp32."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return 4 * (sum(values.numel() for values in model.state_dict().values()) + 2 * trained)
+
+
 def check_space(folder: Path, keep: CheckpointConfig, model: nn.Module) -> None:
     """See that the checkpoints that will lie there at a time fit, beside those that do.
 
     Args:
         folder: the run's `checkpoints` folder.
         keep: while one is written, `keep_last` others are there; those kept longer are not counted.
-        model: of the run; a checkpoint holds it and two moments of each parameter, fp32.
+        model: of the run.
 
     Raises:
         UserError: There is too little room, as far as the file system tells: quotas it does not.
     """
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size_bytes = 4 * (sum(values.numel() for values in model.state_dict().values()) + 2 * trained)
+    size_bytes = full_size_bytes(model)
     copies = keep.keep_last + 1 - min(len(folders(folder)), keep.keep_last) if keep.every else 1
     found_gib, needed_gib = shutil.disk_usage(folder).free / 2**30, copies * size_bytes / 2**30
     if found_gib < needed_gib:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import threading
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from hvdlm.comm.world import World
 from hvdlm.config import EXIT_CRASH, EXIT_INTERRUPTED, UserError
-from hvdlm.run import exit_record
+from hvdlm.run import exit_record, jobs
 
 _PEER_RECORD_WAIT_S = 5.0
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -63,12 +64,14 @@ def leave_together(command: str, error: UserError, world: World, *, run_folder: 
         error: the same on all ranks.
         world: that leave.
         run_folder: where the failure is recorded.
-        attempt: number of this start of the run; 0 = it has none yet, and nothing is recorded.
+        attempt: number of this start of the run; 0 = it has none yet: a refusal, noted for the Slurm job.
     """
     if world.is_root:
         print(f"hvdlm {command}: error: {error}", file=sys.stderr, flush=True)
         if attempt:
             record(run_folder, attempt=attempt, rank=0, exit_code=error.exit_code, error=str(error))
+        else:
+            jobs.note_refusal(run_folder, os.environ, exit_code=error.exit_code, error=str(error))
 
 
 def record(run_folder: Path, *, attempt: int, rank: int, exit_code: int, error: str) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 from hvdlm.data.files import write_atomic
 
 FILE_NAME = "exit.json"
+ALL_STEPS, PLATEAU = "all steps", "plateau"
+"""Reasons of a run that is done."""
 
 
 def write(run_folder: Path, state: str, **fields: Any) -> None:

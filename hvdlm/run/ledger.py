@@ -6,9 +6,11 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
-from hvdlm.data.loader import StepBatch
+if TYPE_CHECKING:
+    # Who only reads, on a login node say, does without torch.
+    from hvdlm.data.loader import StepBatch
 
 FILE_NAME = "ledger.jsonl"
 

@@ -17,8 +17,8 @@ from hvdlm.config import UserError
 from hvdlm.parallel.strategy import StepStats
 from hvdlm.run.ledger import end_last_line, parse_rows
 from hvdlm.run.spikes import is_spike
+from hvdlm.run.standing import METRICS_FILE
 
-FILE_NAME = "metrics.jsonl"
 _TAIL_BYTES = 1 << 16
 
 # Dense bf16 peak of one GPU in FLOP/s, from its maker's data sheet.
@@ -58,9 +58,9 @@ class Metrics:
         flops_per_token: int,
         world_size: int,
     ) -> None:
-        end_last_line(run_folder / FILE_NAME)
-        self.last_step = _last_step(run_folder / FILE_NAME)
-        self._file = (run_folder / FILE_NAME).open("a", encoding="utf-8")
+        end_last_line(run_folder / METRICS_FILE)
+        self.last_step = _last_step(run_folder / METRICS_FILE)
+        self._file = (run_folder / METRICS_FILE).open("a", encoding="utf-8")
         self._attempt = attempt
         self._steps = steps
         self._tokens_per_step = tokens_per_step

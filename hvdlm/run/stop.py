@@ -155,6 +155,11 @@ def launchers() -> list[psutil.Process]:
     return found
 
 
+def is_wish(reason: str) -> bool:
+    """Whether a run that stopped for this reason was stopped by its file STOP: somebody wants it to rest."""
+    return reason.startswith("file ")
+
+
 def deadline(job_end_unix: float, margin_s: float) -> float:
     """When to stop before the job ends, in seconds since 1970; 0 where the job has no end."""
     return job_end_unix - margin_s if job_end_unix else 0.0

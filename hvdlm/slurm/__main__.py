@@ -7,8 +7,18 @@ import sys
 from types import ModuleType
 
 from hvdlm.config import run_command
+from hvdlm.slurm import conclude, gate, preflight, rehearse, status, stop, submit, tail
 
-SUBCOMMANDS: dict[str, ModuleType] = {}
+SUBCOMMANDS: dict[str, ModuleType] = {
+    "submit": submit,
+    "status": status,
+    "tail": tail,
+    "stop": stop,
+    "gate": gate,
+    "conclude": conclude,
+    "preflight": preflight,
+    "rehearse": rehearse,
+}
 """Each has a docstring, `add_arguments(parser)` and `run(args) -> exit code`."""
 
 
@@ -22,7 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     for name, module in SUBCOMMANDS.items():
         summary = (module.__doc__ or "").splitlines()[0]
         module.add_arguments(names.add_parser(name, help=summary, description=summary, allow_abbrev=False))
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["submit"]:
+        words = ["submit", *submit.separate(words[1:])]
+    args = parser.parse_args(words)
     code: int = SUBCOMMANDS[args.name].run(args)
     return code
 

@@ -140,7 +140,7 @@ def _say_finished(run_folder: Path, start: Start, ranks: World) -> int:
             how = f"after step {steps} the validation loss stood still at optim.min_lr (schedule plateau)"
         print(f"{run_folder}: finished, {how}", flush=True)
         # The last start may have died between its last checkpoint and its last word.
-        reason = "plateau" if early else "all steps"
+        reason = exit_record.PLATEAU if early else exit_record.ALL_STEPS
         last = start.attempt - 1
         exit_record.write(run_folder, "done", attempt=last, step=steps, exit_code=EXIT_DONE, reason=reason)
     return EXIT_DONE

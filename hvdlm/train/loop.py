@@ -155,6 +155,7 @@ def _save(s: Session, step: int, *, course: Course, best: checkpoint.Best, asked
         "eos_id": s.agreed.tokenizer.eos_id,
         "versions": {"hvdlm": __version__, "torch": torch.__version__},
     }
+    s.pace.begin()
     s.saver.begin(s.strategy.pieces(), state, asked=asked, before=s.check_lease)
     if not s.config.checkpoint.asynchronous:
         _commit(s)
@@ -166,6 +167,7 @@ def _commit(s: Session) -> None:
     """Finish the save that is in flight, where one is."""
     saved = s.saver.finish(before=s.before_commit)
     if saved:
+        s.pace.committed(saved.seconds)
         s.progress.saved(saved.step)
     if saved and s.reports:
         s.reports.metrics.saved(saved.step, saved.seconds, size_bytes=saved.size_bytes)
@@ -204,7 +206,7 @@ def _finish(s: Session, step: int, exit_code: int, *, course: Course) -> int:
             attempt=s.agreed.start.attempt,
             step=step,
             exit_code=exit_code,
-            reason="plateau" if course.plateau.finished else "all steps",
+            reason=exit_record.PLATEAU if course.plateau.finished else exit_record.ALL_STEPS,
         )
     s.close()
     return exit_code

@@ -24,6 +24,7 @@ from hvdlm.models.llama import load_hf_
 from hvdlm.parallel import STRATEGIES, StepPlan, Strategy, Wish
 from hvdlm.run import checkpoint, exit_record, ledger, restore, stop
 from hvdlm.run.folder import CHECKPOINTS
+from hvdlm.run.pace import Pace
 from hvdlm.run.profile import Profile
 from hvdlm.run.progress import Progress
 from hvdlm.run.saver import Saver
@@ -54,14 +55,15 @@ class Session:
     watch: stop.StopWatch
     checks: BlockChecks
     saver: Saver
+    pace: Pace
     profile: Profile
     progress: Progress
     reports: Reports | None
     member: Member | None
 
     def wish(self) -> Wish:
-        """What this rank says in the step it is in; while a save is in flight none is begun for SAVE."""
-        save = self.watch.save_requested and not self.saver.in_flight
+        """What this rank says in the step it is in; while a save is in flight no other is asked for."""
+        save = (self.watch.save_requested or self.pace.due) and not self.saver.in_flight
         resize = False
         if self.member:
             self.watch.ask(self.member.stop)
@@ -162,6 +164,7 @@ def open_session(
         watch=watch,
         checks=checks,
         saver=Saver(run_folder / CHECKPOINTS, ranks, files=agreed.carried),
+        pace=Pace(3600 * config.checkpoint.mtbf_h if ranks.is_root else 0.0),
         profile=profile,
         progress=agreed.progress or Progress(start.step, start.step, start.course, start.best),
         reports=reports,

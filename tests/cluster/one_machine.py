@@ -98,6 +98,22 @@ class Machine:
         """What to put before a command that shall run in the network of a node, or of `OUTSIDE`."""
         return ["nsenter", f"--net={self._network(place)}"] if self.own_network else []
 
+    def first(self, node: str) -> psutil.Process:
+        """A node's process 1; slurmd is its child."""
+        (unshare,) = psutil.Process(self._nodes[node].pid).children()
+        (first,) = unshare.children()
+        return first
+
+    @contextlib.contextmanager
+    def mounted(self, node: str, source: Path, place: Path) -> Iterator[None]:
+        """What only this node sees: another file or folder at a place."""
+        there = ["nsenter", f"--target={self.first(node).pid}", "--mount", "--pid"]
+        subprocess.run([*there, "mount", "--bind", str(source), str(place)], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run([*there, "umount", "--lazy", str(place)], check=True)
+
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
         """This thread, and what it starts, is on the bridge, as a login node is."""

@@ -68,6 +68,24 @@ def test_a_file_saves_and_the_run_goes_on(tiny_data: Path, tmp_path: Path) -> No
     assert helpers.samples(run) == [(s, 8 * (s - 1), 8 * s) for s in range(1, steps + 1)]
 
 
+def test_checkpoints_by_the_clock_are_begun_by_all_ranks_together(tiny_data: Path, tmp_path: Path) -> None:
+    """A failure each 72 ms: the first is due after two seconds, the others as soon as one is written."""
+    run = tmp_path / "run"
+    command = helpers.train_command(tiny_data, run, *ENDLESS, "--checkpoint.mtbf_h", "2e-5")
+    with helpers.started([*helpers.mpirun(2), *command], {}) as process:
+        helpers.wait_until(
+            lambda: len(helpers.rows(run, "metrics.jsonl", kind="save")) >= 4,
+            within_s=60,
+            what="four checkpoints",
+        )
+        (run / "STOP").touch()
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    steps = helpers.exit_record(run)["step"]
+    assert max(kept(run)) == steps
+    assert helpers.samples(run) == [(s, 8 * (s - 1), 8 * s) for s in range(1, steps + 1)]
+
+
 def test_a_disk_too_small_for_the_checkpoints_is_known_before_the_first_step(
     tiny_data: Path, tmp_path: Path
 ) -> None:

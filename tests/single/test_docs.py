@@ -6,6 +6,7 @@ A command in a document is checked by the parser that will read it. Those from r
 from __future__ import annotations
 
 import argparse
+import ast
 import configparser
 import importlib
 import re
@@ -27,8 +28,9 @@ from hvdlm.config.reference import to_markdown
 from tests import helpers
 
 ROOT = Path(__file__).resolve().parents[2]
-TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md")
+TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md", "slurm/sites/README.md")
 DOCUMENTS = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
+RUNBOOK = ROOT / "docs" / "operations.md"
 TAGS = {"sh", "text"}
 HEADS = ("python -m ", "./install.sh", "make ", "mpirun ", "horovodrun ", "srun ", "sbatch ")
 LAUNCHER_OPTIONS = {
@@ -37,7 +39,7 @@ LAUNCHER_OPTIONS = {
     "srun": {"--mpi=pmix"},
 }
 """What tests/parallel/ runs."""
-SBATCH_OPTIONS = {"--nodes", "--time", "--array"}
+SBATCH_OPTIONS = {"--nodes", "--time", "--array", "--job-name"}
 RUN_ELSEWHERE = {
     "touch data/runs/demo/STOP": "tests/parallel/test_train_stop.py::stop_by_file",
     "touch data/runs/demo/SAVE": "tests/parallel/test_train_keep.py::test_a_file_saves_and_the_run_goes_on",
@@ -126,7 +128,8 @@ def without_sbatch(words: list[str]) -> list[str]:
     place = next(i for i, word in enumerate(words) if i and not word.startswith("--"))
     script = ROOT / words[place]
     assert {word.partition("=")[0] for word in words[1:place]} <= SBATCH_OPTIONS
-    found = re.search(r"python -m (hvdlm\.\w+) .*\"\$@\"", script.read_text())
+    # Before and after it, hvdlm.slurm looks after the job.
+    found = re.search(r"python -m (hvdlm\.(?!slurm)\w+) .*\"\$@\"", script.read_text())
     assert found
     return ["python", "-m", found[1], *words[place + 1 :]]
 
@@ -268,6 +271,37 @@ def test_the_file_tree_is_the_real_one() -> None:
             named.add(at.resolve())
     parts = {p.resolve() for p in (ROOT / "hvdlm").iterdir() if not p.name.startswith("__")}
     assert parts <= named, f"not in README's tree: {parts - named}"
+
+
+def literals(path: Path) -> Iterator[str]:
+    """Every text of a source file, with a line break for what is put in."""
+    if path.suffix == ".sh":
+        yield path.read_text()
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "\n" for part in node.values)
+
+
+def test_every_message_of_the_runbook_is_printed_by_some_code() -> None:
+    """In tables headed `message`; an ellipsis stands for what is put in."""
+    tables = re.findall(r"^\| message \|.*\n\|[-|]+\n((?:\|.*\n)+)", RUNBOOK.read_text(), re.MULTILINE)
+    messages = [row for table in tables for row in re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)]
+    assert len(messages) > 20
+    sources = [*(ROOT / "hvdlm").rglob("*.py"), *(ROOT / "slurm").glob("*.sh")]
+    texts = {text for path in sources for text in literals(path)}
+    for message in messages:
+        pattern = re.compile(".*".join(map(re.escape, re.split(r" ?… ?", message))), re.DOTALL)
+        assert any(pattern.search(text) for text in texts), message
+
+
+def test_every_check_of_preflight_is_in_the_runbook() -> None:
+    rows = RUNBOOK.read_text().partition("### Of preflight")[2]
+    for path in (ROOT / "hvdlm" / "cluster" / "preflight").glob("*.py"):
+        for name in re.findall(r'Check\("(\w+)"', path.read_text()):
+            assert name == "software" or f"| {name} |" in rows, name
 
 
 def test_every_layer_is_in_the_table() -> None:

@@ -1,0 +1,80 @@
+"""The shipped batch script on the tests' Slurm, changed by nothing but a site file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests import helpers
+from tests.cluster import jobs
+
+SCRIPT = jobs.ROOT / "slurm" / "train_64gpu.sh"
+_SITE = """\
+HVDLM_SBATCH="--nodes=2 --ntasks-per-node=1 --cpus-per-task=2 --gpus-per-node=0 --signal=USR2@60 --time=10"
+HVDLM_MPI={mpi}
+OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+OMP_NUM_THREADS=1
+"""
+
+
+def write_site(folder: Path, mpi: str) -> Path:
+    """A site of two nodes without GPUs."""
+    path = folder / "test.env"
+    path.write_text(_SITE.format(mpi=mpi))
+    return path
+
+
+def environment(site: Path) -> dict[str, str]:
+    """That of a user who activated the environment."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {"PATH": path, "HVDLM_SITE": str(site), "PYTHONPATH": str(jobs.ROOT)}
+
+
+def slurm(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m hvdlm.slurm` from the folder of the site; logs go there."""
+    command = [sys.executable, "-m", "hvdlm.slurm", *arguments]
+    return helpers.run(command, cwd=site.parent, env=environment(site))
+
+
+def submit(site: Path, train: list[str], *options: str) -> list[str]:
+    """Hand in a chain by the command; the jobs' numbers."""
+    done = slurm(site, "submit", *options, *train[train.index("hvdlm.train") + 1 :])
+    assert done.returncode == 0, done.stdout
+    return [line.removeprefix("job ") for line in done.stdout.splitlines() if line.startswith("job ")]
+
+
+def sbatch(site: Path, train: list[str], *options: str) -> str:
+    """Hand in one job by sbatch alone; its number."""
+    read = f'set -a; . {site}; exec sbatch --parsable $HVDLM_SBATCH "$@"'
+    arguments = [*options, str(SCRIPT), *train[train.index("hvdlm.train") + 1 :]]
+    env = {**os.environ, **environment(site)}
+    command = ["bash", "-c", read, "bash", *arguments]
+    done = subprocess.run(command, cwd=site.parent, env=env, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def log(site: Path, job: str) -> str:
+    """What a job printed."""
+    return "".join(path.read_text() for path in site.parent.glob(f"*-{job}.log"))
+
+
+def rank(job: str, number: int) -> psutil.Process:
+    """A training process of a job."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            env = process.environ()
+            own = env.get("OMPI_COMM_WORLD_RANK", env.get("SLURM_PROCID"))
+            if env.get("SLURM_JOB_ID") == job and own == str(number) and "hvdlm.train" in process.cmdline():
+                return process
+    raise AssertionError(f"job {job} has no rank {number}")
+
+
+def rows(run_folder: Path, event: str) -> list[dict[str, Any]]:
+    """Rows of jobs.jsonl."""
+    return helpers.rows(run_folder, "jobs.jsonl", event=event)
