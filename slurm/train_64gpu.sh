@@ -96,7 +96,9 @@ answer=$("${container[@]}" python -m hvdlm.slurm gate -- "$@")
 mpi=${HVDLM_MPI:-pmix}
 code=0
 if [[ ${HVDLM_PREFLIGHT:-1} == 1 && -z ${HVDLM_CONTAINER:-} ]]; then # It starts steps, by srun.
-    "${container[@]}" python -m hvdlm.slurm preflight --mpi "$mpi" --on-bad exclude -- "$@" || code=$?
+    # shellcheck disable=SC2086 # Several words, or none.
+    "${container[@]}" python -m hvdlm.slurm preflight --mpi "$mpi" --on-bad exclude \
+        ${HVDLM_PREFLIGHT_OPTIONS:-} -- "$@" || code=$?
 fi
 
 # ---- the environment on the nodes' own disks: hundreds of processes that import from a shared file system at

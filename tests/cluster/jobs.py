@@ -31,10 +31,10 @@ def submit(*arguments: str) -> str:
     return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def wait_for_end(job: str) -> None:
+def wait_for_end(job: str, *, within_s: float = 90) -> None:
     """Not by `sbatch --wait`, which looks ever more seldom and learns of the end half a minute late."""
     helpers.wait_until(
-        lambda: not ask("squeue", "--noheader", f"--jobs={job}"), within_s=90, what=f"job {job}"
+        lambda: not ask("squeue", "--noheader", f"--jobs={job}"), within_s=within_s, what=f"job {job}"
     )
 
 

@@ -17,7 +17,8 @@ import pytest
 from hvdlm.config import RunConfig
 from hvdlm.config.parse import to_toml
 from tests import helpers
-from tests.cluster import jobs
+from tests.cluster import batch_site, jobs
+from tests.cluster.batch_site import write_site
 from tests.cluster.one_machine import Machine
 
 pytestmark = pytest.mark.usefixtures("slurm")
@@ -40,7 +41,7 @@ def preflight(folder: Path, *options: str, job: tuple[str, ...] = (), before: st
 
 def ended(number: str, log: str) -> tuple[int, str]:
     """Its exit code, and what it printed."""
-    jobs.wait_for_end(number)
+    jobs.wait_for_end(number, within_s=150)
     (code,) = jobs.exit_codes(number)
     return int(code), Path(log).read_text()
 
@@ -58,11 +59,11 @@ def failures(folder: Path, number: str) -> set[tuple[str, str]]:
 
 @contextlib.contextmanager
 def slow_network(slurm: Machine, node: str) -> Iterator[None]:
-    """All that a node sends goes through a bottleneck of 20 Mbit/s."""
+    """All that a node sends goes through a bottleneck of 10 Mbit/s."""
     if not slurm.own_network:
         pytest.skip("the nodes share one network")
     tc = [*slurm.inside(node), "tc", "qdisc"]
-    bottleneck = "tbf rate 20mbit burst 64kb latency 400ms".split()
+    bottleneck = "tbf rate 10mbit burst 64kb latency 400ms".split()
     subprocess.run([*tc, "add", "dev", "eth0", "root", *bottleneck], check=True)
     try:
         yield
@@ -124,6 +125,24 @@ def test_a_run_folder_that_one_node_may_not_write(slurm: Machine, tmp_path: Path
     assert "Read-only file system" in output
 
 
+def test_where_nothing_works_every_node_is_named(tmp_path: Path) -> None:
+    """The run folder is a file, so nobody can write; and in no time nobody answers."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "preflight").write_text("")
+    number, log = preflight(tmp_path, "--mpi off --json", "--")
+    code, output = ended(number, log)
+    assert code == 1, output
+    report = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+    failed = [(one["node"], one["name"]) for one in report["findings"] if one["state"] == "fail"]
+    assert failed == [(node, "run folder") for node in ("n1", "n2", "n3", "n4")]
+    (tmp_path / "run" / "preflight").unlink()
+
+    number, log = preflight(tmp_path, "--mpi off --first-s 0.01", "--")
+    code, output = ended(number, log)
+    assert code == 1, output
+    assert failures(tmp_path, number) == {(node, "hello") for node in ("n1", "n2", "n3", "n4")}
+
+
 @pytest.mark.long
 def test_a_node_with_a_slow_link_is_left_out_of_the_next_job(slurm: Machine, tmp_path: Path) -> None:
     job = ("--job-name=chain", "--dependency=singleton")
@@ -179,3 +198,30 @@ def test_a_rank_that_fails_on_one_node_is_found_by_pairs(slurm: Machine, tmp_pat
     assert code == 1, output
     assert failures(tmp_path, number) == {("n3", "all-reduce")}
     assert "cannot open shared object file" in output
+
+
+@pytest.mark.long
+def test_the_batch_script_goes_on_without_a_bad_node(slurm: Machine, tiny_data: Path, tmp_path: Path) -> None:
+    """A chain of jobs of three nodes: the first finds another package on n2, the second has the others."""
+    site, run_folder = write_site(tmp_path, "none"), tmp_path / "run"
+    site.write_text(site.read_text().replace("--nodes=2", "--nodes=3"))
+    with site.open("a") as file:
+        file.write(f'HVDLM_PREFLIGHT=1\nHVDLM_PREFLIGHT_OPTIONS="{" ".join(CALM)}"\n')
+    package = tmp_path / "package"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "audit.py").write_bytes((package / "audit.py").read_bytes() + b"#")
+    state = ["scontrol", "update", "NodeName=n4"]
+    subprocess.run([*state, "State=DRAIN", "Reason=later"], check=True)
+    with slurm.mounted("n2", package, PACKAGE):
+        train = helpers.train_command(tiny_data, run_folder)
+        first, second = batch_site.submit(site, train, "--chain", "2")
+        jobs.wait_for_end(first, within_s=240)
+        subprocess.run([*state, "State=UNDRAIN"], check=True)
+        jobs.wait_for_end(second, within_s=240)
+    assert jobs.exit_codes(first) == {"75"}, batch_site.log(site, first)
+    assert "train_64gpu.sh: the preflight ended with 75: no ranks are started" in batch_site.log(site, first)
+    assert jobs.exit_codes(second) == {"0"}, batch_site.log(site, second)
+    reports = [json.loads((run_folder / "preflight" / f"{job}.json").read_text()) for job in (first, second)]
+    assert [report["bad"] for report in reports] == [["n2"], []]
+    assert [report["nodes"] for report in reports] == [["n1", "n2", "n3"], ["n1", "n3", "n4"]]
+    assert helpers.exit_record(run_folder)["state"] == "done"

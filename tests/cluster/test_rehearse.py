@@ -29,7 +29,7 @@ def rehearse(data: Path, folder: Path, *options: str, job: tuple[str, ...] = (),
 
 
 def ended(number: str, folder: Path) -> tuple[int, str]:
-    jobs.wait_for_end(number)
+    jobs.wait_for_end(number, within_s=240)
     (code,) = jobs.exit_codes(number)
     return int(code), (folder / "log").read_text()
 

@@ -6,6 +6,7 @@ A command in a document is checked by the parser that will read it. Those from r
 from __future__ import annotations
 
 import argparse
+import ast
 import configparser
 import importlib
 import re
@@ -29,6 +30,7 @@ from tests import helpers
 ROOT = Path(__file__).resolve().parents[2]
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md", "slurm/sites/README.md")
 DOCUMENTS = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
+RUNBOOK = ROOT / "docs" / "operations.md"
 TAGS = {"sh", "text"}
 HEADS = ("python -m ", "./install.sh", "make ", "mpirun ", "horovodrun ", "srun ", "sbatch ")
 LAUNCHER_OPTIONS = {
@@ -269,6 +271,37 @@ def test_the_file_tree_is_the_real_one() -> None:
             named.add(at.resolve())
     parts = {p.resolve() for p in (ROOT / "hvdlm").iterdir() if not p.name.startswith("__")}
     assert parts <= named, f"not in README's tree: {parts - named}"
+
+
+def literals(path: Path) -> Iterator[str]:
+    """Every text of a source file, with a line break for what is put in."""
+    if path.suffix == ".sh":
+        yield path.read_text()
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "\n" for part in node.values)
+
+
+def test_every_message_of_the_runbook_is_printed_by_some_code() -> None:
+    """In tables headed `message`; an ellipsis stands for what is put in."""
+    tables = re.findall(r"^\| message \|.*\n\|[-|]+\n((?:\|.*\n)+)", RUNBOOK.read_text(), re.MULTILINE)
+    messages = [row for table in tables for row in re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)]
+    assert len(messages) > 20
+    sources = [*(ROOT / "hvdlm").rglob("*.py"), *(ROOT / "slurm").glob("*.sh")]
+    texts = {text for path in sources for text in literals(path)}
+    for message in messages:
+        pattern = re.compile(".*".join(map(re.escape, re.split(r" ?… ?", message))), re.DOTALL)
+        assert any(pattern.search(text) for text in texts), message
+
+
+def test_every_check_of_preflight_is_in_the_runbook() -> None:
+    rows = RUNBOOK.read_text().partition("### Of preflight")[2]
+    for path in (ROOT / "hvdlm" / "cluster" / "preflight").glob("*.py"):
+        for name in re.findall(r'Check\("(\w+)"', path.read_text()):
+            assert name == "software" or f"| {name} |" in rows, name
 
 
 def test_every_layer_is_in_the_table() -> None:

@@ -21,7 +21,8 @@ from hvdlm.config import ParallelConfig
 ANSWER = "hvdlm preflight rank:"
 _PARTNERS = 3
 _LEAST_BYTES, _MOST_BYTES = 1 << 16, 1 << 26
-_MEASURE_S = 1.0
+_LARGE_BYTES = 1 << 24
+_MEASURE_S, _MOST_S = 1.0, 3.0
 
 
 def rank(meeting: Path, *, limit_s: float) -> int:
@@ -89,7 +90,7 @@ def _sums_right(rank: int, size: int, device: Any) -> bool:
     import torch
 
     ok = True
-    for count in (1, 1000, 1_000_003):
+    for count in (1, 1000, 100_003):
         # Whole numbers below 2^24, which fp32 has exactly.
         values = torch.arange(count, device=device) % 1009 + float(rank)
         total = hvd.allreduce(values, op=hvd.Sum, name=f"preflight.sum.{count}")
@@ -108,7 +109,8 @@ def _speed(process_set: Any, device: Any, *, name: str) -> float:
 
     size, best, all_s, begin = _LEAST_BYTES, 0.0, 0.0, time.perf_counter()
     numbers = itertools.count()
-    while all_s <= _MEASURE_S:
+    # Small messages measure how soon a process gets a core; on a slow link large ones would take for ever.
+    while all_s <= _MEASURE_S or (size < _LARGE_BYTES and all_s <= _MOST_S):
         number = next(numbers)
         values = torch.ones(size // 4, device=device)
         sent = time.perf_counter()

@@ -173,7 +173,8 @@ class Crew:
         Returns:
             The answers, trouble included, of those nodes that were not given up before.
         """
-        details = details or {node: {} for node in self.nodes}
+        if details is None:
+            details = {node: {} for node in self.nodes}
         asked = {
             node: self._pool.submit(self._lines[node].ask, question, limit_s=limit_s, **details[node])
             for node in self.nodes
