@@ -95,7 +95,7 @@ answer=$("${container[@]}" python -m hvdlm.slurm gate -- "$@")
 
 mpi=${HVDLM_MPI:-pmix}
 code=0
-if [[ ${HVDLM_PREFLIGHT:-0} == 1 ]]; then
+if [[ ${HVDLM_PREFLIGHT:-1} == 1 && -z ${HVDLM_CONTAINER:-} ]]; then # It starts steps, by srun.
     # shellcheck disable=SC2086 # Several words, or none.
     "${container[@]}" python -m hvdlm.slurm preflight --mpi "$mpi" --on-bad exclude \
         ${HVDLM_PREFLIGHT_OPTIONS:-} -- "$@" || code=$?

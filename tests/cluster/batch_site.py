@@ -18,6 +18,7 @@ SCRIPT = jobs.ROOT / "slurm" / "train_64gpu.sh"
 _SITE = """\
 HVDLM_SBATCH="--nodes=2 --ntasks-per-node=1 --cpus-per-task=2 --gpus-per-node=0 --signal=USR2@60 --time=10"
 HVDLM_MPI={mpi}
+HVDLM_PREFLIGHT=0
 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 OMP_NUM_THREADS=1
 """

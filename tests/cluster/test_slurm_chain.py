@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import site as sites
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,11 +19,21 @@ from tests.cluster.batch_site import log, rows, sbatch, submit, write_site
 pytestmark = pytest.mark.usefixtures("slurm")
 
 ENDLESS = ("--train.steps", "100000", "--checkpoint.every", "10", "--eval.every", "0", "--log.every", "1000")
-STEPS = 150
+STEPS = 600
 
 
 def train(data: Path, out: Path, steps: int, *more: str) -> list[str]:
     return helpers.train_command(data, out, *ENDLESS, "--train.steps", str(steps), *more)
+
+
+def packed_environment(folder: Path) -> Path:
+    """A small one, that takes its packages from this one."""
+    made, tar = folder / "environment", folder / "environment.tar"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(made)], check=True)
+    (own,) = made.glob("lib/python3*/site-packages")
+    (own / "more.pth").write_text("\n".join(sites.getsitepackages()))
+    subprocess.run(["tar", "-C", str(made), "-cf", str(tar), "."], check=True)
+    return tar
 
 
 def exact(steps: int) -> list[tuple[int, int, int]]:
@@ -37,28 +49,37 @@ def exact(steps: int) -> list[tuple[int, int, int]]:
         pytest.param("mpirun", "mpi", "kill", "137", marks=pytest.mark.long),
     ],
 )
-def test_a_chain_goes_on_until_it_is_done(
-    mpi: str, kind: str, how: str, code: str, tiny_data: Path, tmp_path: Path
-) -> None:
-    """With each launcher; after a wish to stop, and kill -9 of a rank; the last job finds nothing to do."""
+def test_a_chain(mpi: str, kind: str, how: str, code: str, tiny_data: Path, tmp_path: Path) -> None:
+    """With each launcher. The second job goes on after a signal to the first, or kill -9 of its rank. A wish
+    to stop ends the second and the third, which nobody has cancelled; a job handed in later goes on."""
     site, run_folder = write_site(tmp_path, mpi), tmp_path / "run"
-    first, second, third = submit(site, train(tiny_data, run_folder, STEPS), "--chain", "3")
-    helpers.wait_for_step(run_folder, 12 if how == "kill" else 2)
+    first, second, third = submit(site, train(tiny_data, run_folder, 100000), "--chain", "3")
+    helpers.wait_for_step(run_folder, 12)
     if how == "kill":
         helpers.send(batch_site.rank(first, 1), signal.SIGKILL)
     else:
         subprocess.run(["scancel", f"--signal={how}", first], check=True)
     jobs.wait_for_end(first)
+    helpers.wait_until(lambda: "resumed from" in log(site, second), within_s=90, what="the second start")
+    (run_folder / "STOP").touch()
     jobs.wait_for_end(second)
     jobs.wait_for_end(third)
     assert f"2 rank(s) ({kind})" in log(site, first)
-    assert [jobs.exit_codes(job) for job in (first, second, third)] == [{code}, {"0"}, {"0"}], log(
+    assert [jobs.exit_codes(job) for job in (first, second, third)] == [{code}, {"75"}, {"75"}], log(
         site, first
     )
-    assert "resumed from" in log(site, second)
-    assert "done: finished after step 150; this job does not train" in log(site, third)
-    assert helpers.samples(run_folder) == exact(STEPS)
-    assert [row["job"] for row in rows(run_folder, "begun")] == [first, second]
+    assert "stopped by a wish" in log(site, third)
+
+    (run_folder / "STOP").touch()
+    time.sleep(1.1)  # Slurm tells seconds.
+    steps = helpers.exit_record(run_folder)["step"] + 3
+    fourth, fifth = (sbatch(site, train(tiny_data, run_folder, steps)) for _ in range(2))
+    jobs.wait_for_end(fourth)
+    jobs.wait_for_end(fifth)
+    assert [jobs.exit_codes(job) for job in (fourth, fifth)] == [{"0"}, {"0"}], log(site, fourth)
+    assert f"done: finished after step {steps}; this job does not train" in log(site, fifth)
+    assert helpers.samples(run_folder) == exact(steps)
+    assert [row["job"] for row in rows(run_folder, "begun")] == [first, second, fourth]
     assert rows(run_folder, "begun")[0]["log"].endswith(f"-{first}.log")
 
 
@@ -78,34 +99,19 @@ def test_under_mpirun_a_preemption_s_term_leaves_time_to_save(tiny_data: Path, t
 
 @pytest.mark.long
 def test_a_lone_job_queues_itself_again(tiny_data: Path, tmp_path: Path) -> None:
+    """Each time with the environment unpacked on its nodes, whose memory is their own."""
     site, run_folder = write_site(tmp_path, "none"), tmp_path / "run"
+    with site.open("a") as file:
+        file.write(f"HVDLM_ENV_TAR={packed_environment(tmp_path)}\nHVDLM_TMPDIR=/dev/shm/of-job\n")
     job = sbatch(site, train(tiny_data, run_folder, STEPS))
     helpers.wait_for_step(run_folder, 2)
+    assert batch_site.rank(job, 1).cmdline()[0] == f"/dev/shm/of-job/hvdlm-env-{job}/bin/python"
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     jobs.wait_for_end(job)
     assert jobs.exit_codes(job) == {"0"}, log(site, job)
     assert "Restarts=1 " in jobs.ask("scontrol", "--oneliner", "show", "job", job)
     assert log(site, job).count("queueing this job again") == 1
     assert helpers.samples(run_folder) == exact(STEPS)
-
-
-def test_a_wish_to_stop_ends_the_chain_and_a_later_job_goes_on(tiny_data: Path, tmp_path: Path) -> None:
-    """Also for successors that nobody has cancelled; a later job is newer than the file."""
-    site, run_folder = write_site(tmp_path, "none"), tmp_path / "run"
-    first, second = submit(site, train(tiny_data, run_folder, 100000), "--chain", "2")
-    helpers.wait_for_step(run_folder, 2)
-    (run_folder / "STOP").touch()
-    jobs.wait_for_end(second)
-    assert [jobs.exit_codes(job) for job in (first, second)] == [{"75"}, {"75"}]
-    assert "stopped by a wish" in log(site, second)
-    assert len(rows(run_folder, "begun")) == 1
-    (run_folder / "STOP").touch()
-    time.sleep(1.1)  # Slurm tells seconds.
-    steps = helpers.exit_record(run_folder)["step"] + 3
-    later = sbatch(site, train(tiny_data, run_folder, steps))
-    jobs.wait_for_end(later)
-    assert jobs.exit_codes(later) == {"0"}, log(site, later)
-    assert helpers.samples(run_folder) == exact(steps)
 
 
 def test_what_train_refuses_is_not_tried_again(tiny_data: Path, tmp_path: Path) -> None:
