@@ -1,0 +1,175 @@
+"""A worker's side under Horovod's own elastic driver: `horovodrun` with a host discovery script.
+
+Only here does a run open Horovod's listener for changes of hosts, and speak to its rendezvous server, which
+takes anything from anybody who reaches it. `python -m hvdlm.elastic` has neither.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any, final
+
+from horovod.runner.elastic.worker import WorkerNotificationManager
+
+from hvdlm.cluster.elastic.members import Agent, Worker, place_of, ranked
+from hvdlm.comm.launch import Launch
+from hvdlm.comm.member import DriverGoneError, address_towards
+from hvdlm.comm.rendezvous import gloo_settings, put_place
+from hvdlm.comm.store import Store
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_REQUEST_LIMIT_S = 10.0
+_MEET_LIMIT_S = 5.0
+_POLL_S = 0.05
+
+
+def is_under_horovod(env: Mapping[str, str]) -> bool:
+    """Whether Horovod's elastic driver started this process."""
+    return env.get("HOROVOD_ELASTIC") == "1" and "HOROVOD_GLOO_RENDEZVOUS_ADDR" in env
+
+
+@final
+class HorovodMember:
+    """Asks Horovod's driver for places, and has the ranks deal them out anew among themselves.
+
+    The driver answers when all workers of its present world have asked or ended, and starts new ones only
+    then. So a worker asks until everybody it is to meet has come: all start Horovod at one moment, whose
+    start-up ends a process that waits too long for a late one.
+
+    Args:
+        env: what the driver gave this process.
+
+    Attributes:
+        resize: this world should end after the present step.
+        stop: why all should save and leave; '' = they should not.
+        generation: how many worlds this worker was in.
+    """
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self.resize = False
+        self.stop = ""
+        self.generation = 0
+        self._driver = (env["HOROVOD_GLOO_RENDEZVOUS_ADDR"], int(env["HOROVOD_GLOO_RENDEZVOUS_PORT"]))
+        self._host, self._slot = env["HOROVOD_HOSTNAME"], int(env["HOROVOD_LOCAL_RANK"])
+        # Horovod's server cannot be told two worlds of one host name apart; ours has a key for each.
+        self._store = Store(address_towards(f"{self._driver[0]}:{self._driver[1]}"))
+        for number in _SIGNALS:
+            # Until a world's own watch hears them, and between worlds.
+            signal.signal(number, self._hear)
+        self._notifications = WorkerNotificationManager()
+        self._notifications.init(
+            *self._driver, nic=env.get("HOROVOD_GLOO_IFACE"), hostname=self._host, local_rank=self._slot
+        )
+        self._notifications.register_listener(self)
+
+    def on_hosts_updated(self, timestamp: int, update: int) -> None:
+        """Called by Horovod's listener: there are other hosts, or other numbers of slots."""
+        self.resize = True
+
+    def next_place(self, step: int) -> dict[str, Any] | None:
+        """Wait for a place in the next world.
+
+        Args:
+            step: the last one that this process's memory holds whole; -1 = none.
+
+        Returns:
+            What `members.place_of` made, and `meeting`: the store of its rank 0; None where the driver has
+            no place for this worker any more.
+
+        Raises:
+            DriverGoneError: the driver does not answer.
+        """
+        try:
+            met = None
+            while met is None:
+                self._store.forget("")
+                # What is told from here on is news to the answer.
+                self.resize = False
+                rank, size = self._ask()
+                if rank < 0:
+                    _say(f"Horovod's driver has no place on {self._host} any more")
+                    return None
+                met = self._meet(rank, size, step)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise DriverGoneError from error
+        self.generation += 1
+        if rank == 0 and self.generation == 1:
+            _warn_of_one_host(met)
+        members = ranked(Worker(str(n), _agent(one), n, step=one["step"]) for n, one in enumerate(met))
+        own = next(member for member in members if member.slot == rank)
+        return place_of(own, members) | {"meeting": met[members[0].slot]["meeting"]}
+
+    def settings(self, place: dict[str, Any]) -> tuple[Launch, dict[str, str]]:
+        """What a place means for `comm.world.init`: the launch, and environment variables of Horovod."""
+        launch = Launch("gloo", place["rank"], place["size"], place["local_rank"], place["local_size"])
+        across = (place["cross_rank"], place["cross_size"])
+        settings = gloo_settings(launch, place=place["meeting"], host=place["host"], across=across)
+        put_place(settings)
+        return launch, settings
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.stop = self.stop or f"signal {signal.Signals(number).name}"
+
+    def _ask(self) -> tuple[int, int]:
+        """Rank and size in the driver's next world, once all have asked; without a limit, as it knows who is
+        still starting, and who died."""
+        answer = self._request("GET", f"rank_and_size/{self._host}:{self._slot}", limit_s=None)
+        rank, size, *_ = answer.split(b",")
+        return int(rank), int(size)
+
+    def _meet(self, rank: int, size: int, step: int) -> list[dict[str, Any]] | None:
+        """What all workers of a world say of themselves; None where one of them does not come.
+
+        The driver empties this board before each of its worlds.
+        """
+        own = {"step": step, "host": self._host, "machine": socket.gethostname()}
+        own["meeting"] = f"{self._store.place}/{self.generation + 1}"
+        self._request("PUT", f"hvdlm/{rank}", json.dumps(own).encode())
+        give_up = time.monotonic() + _MEET_LIMIT_S
+        while time.monotonic() < give_up:
+            found = [self._request("GET", f"hvdlm/{other}") for other in range(size)]
+            if all(found):
+                return [json.loads(one) for one in found]
+            time.sleep(_POLL_S)
+        # So that who comes now does not wait in Horovod for one that asks again.
+        self._request("DELETE", f"hvdlm/{rank}")
+        return None
+
+    def _request(
+        self, method: str, path: str, body: bytes | None = None, *, limit_s: float | None = _REQUEST_LIMIT_S
+    ) -> bytes:
+        """The content of an answer; empty where there is nothing."""
+        connection = http.client.HTTPConnection(*self._driver, timeout=limit_s)
+        try:
+            connection.request(method, f"/{path}", body)
+            response = connection.getresponse()
+            content = response.read()
+            return content if response.status == http.client.OK else b""
+        finally:
+            connection.close()
+
+
+def _agent(one: dict[str, Any]) -> Agent:
+    """By its machine: of several names for one, Horovod makes several hosts."""
+    return Agent(one["machine"], one["machine"], slots=0, job="")
+
+
+def _warn_of_one_host(met: list[dict[str, Any]]) -> None:
+    hosts = {one["host"] for one in met}
+    if len(hosts) == 1 and len(met) > 1:
+        _say(
+            f"warning: all ranks are on the one host {hosts.pop()}, and Horovod gives up the whole host of a "
+            "lost rank; so that the others go on, have the script print a name for each rank, as "
+            "localhost:1 and 127.0.0.1:1, or use python -m hvdlm.elastic"
+        )
+
+
+def _say(line: str) -> None:
+    print(f"hvdlm train: {line}", file=sys.stderr, flush=True)
