@@ -31,9 +31,13 @@ TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md")
 DOCUMENTS = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
 TAGS = {"sh", "text"}
 HEADS = ("python -m ", "./install.sh", "make ", "mpirun ", "horovodrun ", "srun ", "sbatch ")
+HOROVODRUN_ELASTIC = (
+    *("--min-np", "--max-np", "--network-interface", "lo"),
+    *("--host-discovery-script", "./hosts.sh"),
+)
 LAUNCHER_OPTIONS = {
     "mpirun": {"-np", *helpers.MPI_OPTIONS},
-    "horovodrun": {"-np", "--gloo"},
+    "horovodrun": {"-np", "--gloo", *HOROVODRUN_ELASTIC},
     "srun": {"--mpi=pmix"},
 }
 """What tests/parallel/ runs."""

@@ -49,16 +49,15 @@ class HorovodMember:
     Attributes:
         resize: this world should end after the present step.
         stop: why all should save and leave; '' = they should not.
-        generation: how many worlds this worker was in.
     """
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self.resize = False
         self.stop = ""
-        self.generation = 0
+        self._worlds = 0
         self._driver = (env["HOROVOD_GLOO_RENDEZVOUS_ADDR"], int(env["HOROVOD_GLOO_RENDEZVOUS_PORT"]))
         self._host, self._slot = env["HOROVOD_HOSTNAME"], int(env["HOROVOD_LOCAL_RANK"])
-        # Horovod's server cannot be told two worlds of one host name apart; ours has a key for each.
+        # Horovod's own would have to know of the ranks that are dealt out here.
         self._store = Store(address_towards(f"{self._driver[0]}:{self._driver[1]}"))
         for number in _SIGNALS:
             # Until a world's own watch hears them, and between worlds.
@@ -99,8 +98,8 @@ class HorovodMember:
                 met = self._meet(rank, size, step)
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise DriverGoneError from error
-        self.generation += 1
-        if rank == 0 and self.generation == 1:
+        self._worlds += 1
+        if rank == 0 and self._worlds == 1:
             _warn_of_one_host(met)
         members = ranked(Worker(str(n), _agent(one), n, step=one["step"]) for n, one in enumerate(met))
         own = next(member for member in members if member.slot == rank)
@@ -130,7 +129,7 @@ class HorovodMember:
         The driver empties this board before each of its worlds.
         """
         own = {"step": step, "host": self._host, "machine": socket.gethostname()}
-        own["meeting"] = f"{self._store.place}/{self.generation + 1}"
+        own["meeting"] = f"{self._store.place}/{self._worlds + 1}"
         self._request("PUT", f"hvdlm/{rank}", json.dumps(own).encode())
         give_up = time.monotonic() + _MEET_LIMIT_S
         while time.monotonic() < give_up:
