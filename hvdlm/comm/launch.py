@@ -134,10 +134,11 @@ def for_many_worlds(settings: Mapping[str, str], *, size: int) -> dict[str, str]
     """
     changed = {name: value for name, value in settings.items() if name != CYCLE_TIME}
     if _GLOO_TIMEOUT in changed:
-        # All ranks come to the start-up at one moment, and a world that breaks is no harm; until this time
-        # is over some of them do not hear that a peer is gone.
-        changed[_GLOO_TIMEOUT] = str(5 + size // 16)
-    return changed
+        # All ranks come to the start-up at one moment. Who does not hear that a peer is gone is told by the
+        # driver; this is for the case that nobody knows.
+        changed[_GLOO_TIMEOUT] = str(20 + size // 8)
+    # With it Horovod looks for errors of NCCL, and asks the store for its rank when it starts again.
+    return changed | {"HOROVOD_ELASTIC": "1"}
 
 
 def _core_settings(launch: Launch, cores: int) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any, final
 
 from hvdlm.comm.launch import Launch
 from hvdlm.comm.rendezvous import gloo_settings
+from hvdlm.comm.sockets import Sockets, hang_up
 
 ELASTIC = "HVDLM_ELASTIC"
 """Environment variable of a worker: path of the file that says where the driver is."""
@@ -77,7 +78,10 @@ class Member:
         self._store = told["place"]
         self._name = name
         self._step = -1
+        self._lost = False
+        self._prepared = False
         self._waiting = False
+        self._sockets: Sockets = {}
         self._answer: dict[str, Any] = {}
         self._heard_s = time.monotonic()
         self._lock = threading.Lock()
@@ -85,11 +89,12 @@ class Member:
         self._answered = threading.Condition()
         threading.Thread(target=self._beat, name="member", daemon=True).start()
 
-    def next_place(self, step: int) -> dict[str, Any] | None:
+    def next_place(self, step: int, *, lost: bool) -> dict[str, Any] | None:
         """Wait for a place in the next world.
 
         Args:
             step: the last one that this process's memory holds whole; -1 = none.
+            lost: the world before ended because another rank was gone.
 
         Returns:
             What `cluster.elastic.members.place_of` made, and `generation`; None where there is no world
@@ -99,7 +104,8 @@ class Member:
             DriverGoneError: the driver is not heard of.
         """
         with self._lock:
-            self._step, self._waiting = step, True
+            self._step, self._lost, self._prepared, self._waiting = step, lost, False, True
+            self._sockets = {}
         self._wake.set()
         with self._answered:
             while True:
@@ -108,12 +114,42 @@ class Member:
                 if place and place["generation"] > self.generation:
                     with self._lock:
                         self.generation, self._waiting = place["generation"], False
-                        self.resize, self._answer = False, {}
+                        self.resize, self._lost, self._answer = False, False, {}
                     return dict(place)
                 if self._answer.get("leave"):
                     return None
                 if time.monotonic() - self._heard_s > _SILENT_S:
                     raise DriverGoneError
+
+    def wait_for_others(self) -> bool:
+        """Wait until all ranks of the world are about to start Horovod, which a late one would end.
+
+        Returns:
+            Whether they are; False where one of them is gone.
+
+        Raises:
+            DriverGoneError: the driver is not heard of.
+        """
+        with self._answered:
+            with self._lock:
+                self._prepared, self._answer = True, {}
+            self._wake.set()
+            while not self._answer.get("go"):
+                if self._answer.get("broken") or self._answer.get("leave"):
+                    return False
+                if time.monotonic() - self._heard_s > _SILENT_S:
+                    raise DriverGoneError
+                self._answered.wait(1.0)
+        return True
+
+    def hang_up_if_broken(self, sockets: Sockets) -> None:
+        """From now on shut these connections down as soon as the driver knows that a rank is gone.
+
+        Args:
+            sockets: those to the other ranks of this world.
+        """
+        with self._lock:
+            self._sockets = sockets
 
     def settings(self, place: dict[str, Any]) -> tuple[Launch, dict[str, str]]:
         """What a place means for `comm.world.init`: the launch, and environment variables of Horovod."""
@@ -129,6 +165,8 @@ class Member:
                     "worker": self._name,
                     "generation": self.generation,
                     "waiting": self._waiting,
+                    "prepared": self._prepared,
+                    "lost": self._lost,
                     "step": self._step,
                 }
             try:
@@ -136,17 +174,21 @@ class Member:
             except OSError:
                 if time.monotonic() - self._heard_s > _SILENT_S:
                     self.stop = self.stop or "the elastic driver is gone"
-            self._wake.wait(_WAITING_BEAT_S if self._waiting else _BEAT_S)
+            in_a_world = self._prepared and self._answer.get("go")
+            self._wake.wait(_BEAT_S if in_a_world else _WAITING_BEAT_S)
             self._wake.clear()
 
     def _hear(self, message: dict[str, Any], answer: dict[str, Any]) -> None:
         with self._answered, self._lock:
             self._heard_s = time.monotonic()
             # An answer to what was said in an earlier world is none to this one.
-            if message["generation"] == self.generation and message["waiting"] == self._waiting:
+            names = ("generation", "prepared", "waiting")
+            if [message[name] for name in names] == [self.generation, self._prepared, self._waiting]:
                 self._answer = answer
                 self.resize = bool(answer.get("resize"))
                 self.stop = self.stop or str(answer.get("stop", ""))
+                if answer.get("broken") and self._prepared:
+                    hang_up(self._sockets)
             self._answered.notify_all()
 
 

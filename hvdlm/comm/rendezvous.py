@@ -5,7 +5,6 @@ The address and the key of the store lie in a file that only its owner can read.
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import socket
@@ -20,7 +19,6 @@ from hvdlm.config import UserError
 
 WAIT_S = 300.0
 _POLL_S = 0.1
-_REQUEST_LIMIT_S = 10.0
 
 
 def meet(launch: Launch, folder: Path, env: Mapping[str, str]) -> dict[str, str]:
@@ -77,34 +75,6 @@ def gloo_settings(launch: Launch, *, place: str, host: str, across: tuple[int, i
         "HOROVOD_CROSS_RANK": str(across[0]),
         "HOROVOD_CROSS_SIZE": str(across[1]),
     }
-
-
-def put_place(settings: Mapping[str, str]) -> None:
-    """Leave in the store what Horovod, with HOROVOD_ELASTIC, asks it for when it starts again in a process.
-
-    With NCCL a collective fails when a peer is lost only where that variable is set; else it hangs.
-
-    Args:
-        settings: of `gloo_settings`.
-
-    Raises:
-        OSError: the store is gone.
-
-    Source: GlooContext::Initialize and NCCLContext of Horovod 0.28.1.
-    """
-    place, port = settings["HOROVOD_GLOO_RENDEZVOUS_ADDR"], settings["HOROVOD_GLOO_RENDEZVOUS_PORT"]
-    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
-    of_rank = ",".join(settings[f"HOROVOD_{name}"] for name in names)
-    address, _, path = place.partition("/")
-    key = f"{settings['HOROVOD_HOSTNAME']}:{settings['HOROVOD_LOCAL_RANK']}"
-    connection = http.client.HTTPConnection(address, timeout=_REQUEST_LIMIT_S)
-    try:
-        connection.request("PUT", f"/{path}:{port}/rank_and_size/{key}", of_rank.encode())
-        connection.getresponse().read()
-    except http.client.HTTPException as error:
-        raise OSError(f"{address}: {error}") from error
-    finally:
-        connection.close()
 
 
 def forget(folder: Path) -> None:

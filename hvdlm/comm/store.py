@@ -48,7 +48,7 @@ class Store(ThreadingHTTPServer):
         super().__init__((address, 0), _Handler)
         self.secret = secrets.token_hex(16)
         self.values: dict[str, bytes] = {}
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.place = f"{address}:{self.server_port}/{self.secret}"
         self._answer = answer
         self._is_peer = is_peer

@@ -6,17 +6,23 @@ import argparse
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 
 from hvdlm.cluster.elastic.driver import Driver
 from hvdlm.cluster.elastic.hosts import Hosts, own_nodes
 from hvdlm.cluster.elastic.members import Policy
+from hvdlm.cluster.job import job_end
 from hvdlm.comm.store import own_address
+from hvdlm.config import RunConfig
 from hvdlm.config.parse import DEFAULT_RECIPE, folder_of, load_config
 from hvdlm.corpus import demo
 from hvdlm.elastic.slots import slots_of_host
 from hvdlm.run.folder import make_folder
 from hvdlm.run.lease import Lease
+from hvdlm.run.stop import deadline
 
+_HOSTS_LIMIT_S = 15.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -49,20 +55,50 @@ def drive(args: argparse.Namespace, train_args: list[str]) -> int:
         token=lease.token,
     )
     hosts = Hosts(nodes, run_folder, slots=slots)
-    for number in _SIGNALS:
-        signal.signal(number, lambda n, _: hosts.ask_stop(f"signal {signal.Signals(n).name}"))
+    limit_s = _HOSTS_LIMIT_S
+    try:
+        _listen(hosts)
+        return driver.run(say=_say, tend=_tending(driver, hosts, stop_unix=_stop_unix(config)))
+    except KeyboardInterrupt:
+        limit_s = 0.0
+        raise
+    finally:
+        hosts.close(limit_s=limit_s)
+        driver.close()
+        lease.release()
 
+
+def _listen(hosts: Hosts) -> None:
+    """A signal stops the run; a second Ctrl-C ends it at once."""
+
+    def hear(number: int, _: object) -> None:
+        if number == signal.SIGINT and hosts.stop_asked:
+            raise KeyboardInterrupt
+        hosts.ask_stop(f"signal {signal.Signals(number).name}")
+
+    for number in _SIGNALS:
+        signal.signal(number, hear)
+
+
+def _tending(driver: Driver, hosts: Hosts, *, stop_unix: float) -> Callable[[], None]:
     def tend() -> None:
         hosts.tend(wanted=not driver.roster.stop_reason and driver.roster.end_code is None)
+        driver.drain(hosts.draining)
+        if stop_unix and time.time() >= stop_unix:
+            hosts.ask_stop("the job's time is nearly over")
         if hosts.stop_asked:
             driver.stop(hosts.stop_asked)
 
-    try:
-        return driver.run(say=_say, tend=tend)
-    finally:
-        hosts.close()
-        driver.close()
-        lease.release()
+    return tend
+
+
+def _stop_unix(config: RunConfig) -> float:
+    end = job_end(os.environ)
+    if end.trouble:
+        print(
+            f"hvdlm elastic: warning: no end of this job known ({end.trouble})", file=sys.stderr, flush=True
+        )
+    return deadline(end.unix, config.train.stop_margin_s)
 
 
 def _say(line: str) -> None:

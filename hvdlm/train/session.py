@@ -22,9 +22,7 @@ from hvdlm.models.compilation import compile_blocks_
 from hvdlm.models.llama import load_hf_
 from hvdlm.parallel import STRATEGIES, StepPlan, Strategy, Wish
 from hvdlm.run import checkpoint, exit_record, ledger, restore, stop
-from hvdlm.run.folder import CHECKPOINTS, Start
-from hvdlm.run.ledger import Ledger
-from hvdlm.run.metrics import Metrics
+from hvdlm.run.folder import CHECKPOINTS
 from hvdlm.run.profile import Profile
 from hvdlm.run.progress import Progress
 from hvdlm.run.saver import Saver
@@ -33,15 +31,8 @@ from hvdlm.train.carry import Elastic, Places, shared_read
 from hvdlm.train.checks import BlockChecks, begin_checks
 from hvdlm.train.guards import check_same_parameters
 from hvdlm.train.headline import headline, sizes
+from hvdlm.train.reports import Reports, open_reports
 from hvdlm.train.staging import Wanted, stage_in
-
-
-@dataclass(frozen=True)
-class Reports:
-    """What rank 0 writes while a run goes on."""
-
-    ledger: Ledger
-    metrics: Metrics
 
 
 @dataclass(frozen=True)
@@ -152,7 +143,7 @@ def open_session(
     notes += profile.notes(start.step, total_steps(config))
     reports = None
     if ranks.is_root:
-        reports = _open_reports(config, run_folder, start, ranks=ranks, model=model)
+        reports = open_reports(config, run_folder, start, ranks=ranks, model=model)
         about_data = sizes(config, agreed.sources, start, windows=loader.windows, ranks=ranks)
         # Of every further world of an elastic run this is known.
         about_data = [] if agreed.progress else about_data
@@ -290,32 +281,3 @@ def _build_strategy(
         strategy.load(restore.reopen(Path(agreed.start.checkpoint)).read)
     check_same_parameters(strategy, ranks, step=agreed.start.step)
     return strategy
-
-
-def _open_reports(
-    config: RunConfig, run_folder: Path, start: Start, *, ranks: World, model: nn.Module
-) -> Reports:
-    metrics = Metrics(
-        run_folder,
-        attempt=start.attempt,
-        steps=total_steps(config),
-        tokens_per_step=config.train.global_batch * config.data.seq_len,
-        flops_per_token=_flops_per_token(model, config.data.seq_len),
-        world_size=ranks.size,
-    )
-    if config.log.tensorboard:
-        metrics.open_board(run_folder / "tensorboard")
-    metrics.open_bar(start.step)
-    ledger = Ledger(
-        run_folder,
-        attempt=start.attempt,
-        resumed_at=start.step + 1,
-        micro_batch=config.train.micro_batch,
-    )
-    return Reports(ledger, metrics)
-
-
-def _flops_per_token(model: nn.Module, seq_len: int) -> int:
-    """What the model says of itself; 0 where it does not say, and then no MFU is shown."""
-    count = getattr(model, "flops_per_token", None)
-    return int(count(seq_len)) if callable(count) else 0

@@ -14,6 +14,7 @@ import torch
 from hvdlm.cluster.elastic.horovod_member import HorovodMember, is_under_horovod
 from hvdlm.comm import launch, world
 from hvdlm.comm.member import ELASTIC, WORKER, DriverGoneError, Member, read_told
+from hvdlm.comm.sockets import open_sockets, opened_since
 from hvdlm.comm.world import AgreedError, LostPeerError, World
 from hvdlm.config import EXIT_DONE, EXIT_REQUEUE, RunConfig, UserError, total_steps
 from hvdlm.run import crash
@@ -58,8 +59,10 @@ def check_elastic(config: RunConfig) -> None:
     """Refuse what an elastic run cannot do.
 
     Raises:
-        UserError: the strategy keeps its state in torch's process group.
+        UserError: the strategy keeps its state in torch's process group, or Horovod's timeline is wanted.
     """
+    if config.log.timeline:
+        raise UserError("log.timeline true: not in an elastic run, in which Horovod starts again and again")
     if config.parallel.strategy not in _STRATEGIES:
         raise UserError(
             f"parallel.strategy {config.parallel.strategy}: an elastic run needs one of "
@@ -88,6 +91,7 @@ class Worker:
         self._lease = BorrowedLease(run_folder, token) if token else None
         self._finished = finished
         self._session: Session | None = None
+        self._lost = False
         # What rank 0 took along, until the next world has it.
         self._carry: Carry | None = None
         self._tensors: dict[str, torch.Tensor] = {}
@@ -99,7 +103,7 @@ class Worker:
             Exit code: EXIT_DONE also where this worker left and the run goes on.
         """
         try:
-            while (place := self._member.next_place(self._step_in_memory())) is not None:
+            while place := self._member.next_place(self._step_in_memory(), lost=self._lost):
                 code = self._in_world(place)
                 if code is not None:
                     return code
@@ -118,8 +122,13 @@ class Worker:
     def _in_world(self, place: dict[str, Any]) -> int | None:
         """Train in one world; None where there may be another."""
         self._take_along(place)
+        if not self._member.wait_for_others():
+            self._lost = True
+            return None
+        before = open_sockets()
         ranks = world.init(*self._launch(place))
-        attempt, code, agreed = 0, None, None
+        self._member.hang_up_if_broken(opened_since(before))
+        self._lost, attempt, code, agreed = False, 0, None, None
         try:
             agreed = agree_on_start(
                 self._config, self._run_folder, ranks, lease=self._lease, carry=self._carry
@@ -180,7 +189,7 @@ class Worker:
 
     def _leave_broken_world(self, agreed: Agreed | None) -> None:
         """Another rank is gone, and with it what was under way."""
-        s = self._session
+        s, self._lost = self._session, True
         if s is None:
             print("hvdlm train: a rank was lost before the first step", file=sys.stderr, flush=True)
             if agreed:

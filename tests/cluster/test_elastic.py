@@ -8,8 +8,6 @@ import shlex
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests import helpers
 from tests.cluster import jobs
 from tests.cluster.one_machine import Machine

@@ -164,8 +164,18 @@ def check_module(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPa
         assert config_main(arguments) == 0
     elif module == "hvdlm.train":
         load_config(arguments, prog=module)
+    elif module == "hvdlm.elastic":
+        check_elastic(arguments, monkeypatch)
     else:
         check_plain(module, arguments, monkeypatch)
+
+
+def check_elastic(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does not know goes to train."""
+    command = importlib.import_module("hvdlm.elastic.__main__")
+    monkeypatch.setattr(command, "drive", lambda args, rest: load_config(rest, prog="hvdlm.train"))
+    monkeypatch.setattr(command, "join", lambda args: None)
+    command.main(arguments)
 
 
 def check_plain(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,9 @@ def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path, monkeypatch: 
     values, best = torch.arange(6.0), [{"step": 1, "val_loss": 2.0}]
     go_on = threading.Event()
     write = Snapshot.write
-    monkeypatch.setattr(Snapshot, "write", lambda self, folder: (go_on.wait(), write(self, folder))[1])
+    monkeypatch.setattr(
+        Snapshot, "write", lambda self, folder, **more: (go_on.wait(), write(self, folder, **more))[1]
+    )
     saver = Saver(tmp_path, ALONE, files={})
     saver.begin([piece("model.x", values)], state(1, best=best))
     assert saver.in_flight
@@ -176,12 +178,37 @@ def test_who_lost_the_run_commits_nothing(where: str, tmp_path: Path) -> None:
 def test_an_error_that_is_no_disks_reaches_the_main_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Snapshot, "write", lambda self, folder: 1 // 0)
+    monkeypatch.setattr(Snapshot, "write", lambda self, folder, **more: 1 // 0)
     saver = Saver(tmp_path, ALONE, files={})
     saver.begin([piece("model.x", torch.ones(2))], state(1))
     with pytest.raises(ZeroDivisionError):
         saver.finish()
     assert restore.folders(tmp_path) == []
+
+
+def test_a_save_that_is_given_up_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it wrote is half a checkpoint, which nobody takes for one and the next save deletes."""
+    written, go_on, write = [], threading.Event(), snapshots.write_exactly
+
+    def watch(fd: int, chunk: memoryview, offset: int) -> None:
+        written.append(offset)
+        write(fd, chunk, offset)
+        if offset:
+            go_on.wait(10)
+
+    monkeypatch.setattr(snapshots, "write_exactly", watch)
+    saver = Saver(tmp_path, ALONE, files={})
+    saver.begin([piece("model.x", torch.zeros(2**23))], state(1))
+    helpers.wait_until(lambda: any(written), within_s=10, what="the second piece of the file")
+    threading.Timer(0.2, go_on.set).start()
+    saver.abandon()
+    assert not saver.in_flight
+    assert max(written) < 2**25 - 2**22
+    assert restore.folders(tmp_path) == []
+    assert saver.finish() is None
+    saver.begin([piece("model.x", torch.zeros(2))], state(1))
+    saver.finish()
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-00000001"]
 
 
 def test_a_full_disk_is_said_and_left_as_it_was(tmp_path: Path) -> None:

@@ -42,10 +42,10 @@ def batch(step: int) -> StepBatch:
 def test_a_resumed_attempt_voids_what_it_does_again(tmp_path: Path) -> None:
     first = Ledger(tmp_path, attempt=1, resumed_at=1, micro_batch=2)
     for step in (1, 2, 3):
-        first.add(batch(step), world_size=4)
+        first.add(ledger.row_of(batch(step), world_size=4, attempt=1))
     first.close()
     second = Ledger(tmp_path, attempt=2, resumed_at=3, micro_batch=2)
-    second.add(batch(3), world_size=2)
+    second.add(ledger.row_of(batch(3), world_size=2, attempt=2))
     second.close()
     history = read_history(tmp_path)
     assert history.rows == [Row(2, 1, 0, 8, 4), Row(3, 2, 8, 16, 4), Row(6, 3, 16, 24, 2)]
@@ -59,6 +59,21 @@ def test_a_line_cut_by_a_crash_does_not_swallow_the_next(tmp_path: Path) -> None
     path.write_text(json.dumps({"attempt": 1, "resumed_at": 1}) + '\n{"step": 1, "fir')
     Ledger(tmp_path, attempt=2, resumed_at=1, micro_batch=2).close()
     assert [r["attempt"] for r in ledger.read_rows(path)] == [1, 2]
+
+
+def test_rows_that_rank_0_did_not_live_to_write_are_added(tmp_path: Path) -> None:
+    first = Ledger(tmp_path, attempt=1, resumed_at=1, micro_batch=2)
+    rows = [ledger.row_of(batch(step), world_size=2, attempt=1) for step in (1, 2, 3)]
+    first.add(rows[0])
+    first.close()
+    with (tmp_path / ledger.FILE_NAME).open("a") as file:
+        file.write('{"step": 2, "fir')
+    ledger.add_missing(tmp_path, rows)
+    ledger.add_missing(tmp_path, rows)
+    Ledger(tmp_path, attempt=2, resumed_at=4, micro_batch=2).close()
+    history = read_history(tmp_path)
+    assert [row.step for row in history.rows] == [1, 2, 3]
+    assert problem_of_rows(history, steps=3, global_batch=8) is None
 
 
 def test_the_first_failure_is_the_one_that_counts(tmp_path: Path) -> None:

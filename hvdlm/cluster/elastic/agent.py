@@ -71,7 +71,7 @@ class Agent:
                 self._run(answer["run"], told, name)
             except OSError:
                 # Workers without a driver save and leave by themselves.
-                if time.monotonic() - heard_s > _SILENT_S and not self._workers:
+                if not self._workers and (time.monotonic() - heard_s > _SILENT_S or self._is_other(told)):
                     return False
             time.sleep(_BEAT_S)
 
@@ -81,6 +81,13 @@ class Agent:
             with contextlib.suppress(OSError):
                 process.kill()
             process.wait()
+
+    def _is_other(self, told: dict[str, Any]) -> bool:
+        """Whether the run has another driver by now, or none."""
+        try:
+            return read_told(self._path) != told
+        except (OSError, ValueError):
+            return True
 
     def _reap(self) -> dict[str, int]:
         ended = {name: code for name, p in self._workers.items() if (code := p.poll()) is not None}

@@ -39,6 +39,8 @@ class Driver:
         self.roster = Roster(policy, job=job, now_s=time.monotonic())
         self._peers = run_folder / PEERS
         self._peers.mkdir(exist_ok=True)
+        for stale in self._peers.iterdir():
+            stale.unlink()
         self._known = {address, "127.0.0.1"} if address == "127.0.0.1" else {address}
         self._looked_s = 0.0
         self._store = Store(address, self._hear, is_peer=self._is_peer)
@@ -77,6 +79,11 @@ class Driver:
                 return self.roster.end_code or 0
             time.sleep(poll_s)
 
+    def drain(self, hosts: set[str]) -> None:
+        """Have hosts leave that are being taken out of service."""
+        with self._store.lock:
+            self.roster.drain(hosts, "its node is being drained")
+
     def stop(self, reason: str) -> None:
         """Have all workers save and leave."""
         with self._store.lock:
@@ -88,8 +95,19 @@ class Driver:
         self._store.close()
 
     def _hear(self, message: dict[str, Any]) -> dict[str, Any]:
-        hear = self.roster.hear_agent if message.get("from") == "agent" else self.roster.hear_worker
-        return hear(message, time.monotonic())
+        if message.get("from") == "agent":
+            return self.roster.hear_agent(message, time.monotonic())
+        answer = self.roster.hear_worker(message, time.monotonic())
+        if answer["place"]:
+            self._publish(answer["place"])
+        return answer
+
+    def _publish(self, place: dict[str, Any]) -> None:
+        """What Horovod asks for when it starts again in a process, with HOROVOD_ELASTIC set."""
+        names = ("rank", "size", "local_rank", "local_size", "cross_rank", "cross_size")
+        key = f"{place['generation']}:{self._store.server_port}/rank_and_size/"
+        value = ",".join(str(place[name]) for name in names)
+        self._store.put(f"{key}{place['host']}:{place['local_rank']}", value.encode())
 
     def _is_peer(self, address: str) -> bool:
         """Whether a host with this address has left its name in the run folder."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ _ASK_LIMIT_S = 10.0
 _FIRST_WAIT_S = 3.0
 _LONGEST_WAIT_S = 300.0
 _END_LIMIT_S = 15.0
+_LOOK_EVERY_S = 15.0
 
 
 def own_nodes(env: Mapping[str, str]) -> list[str]:
@@ -55,10 +57,13 @@ class Hosts:
 
     Attributes:
         stop_asked: why a signal handler wants the run to stop; '' = it does not.
+        draining: nodes of the cluster that their administrator takes out of service.
     """
 
     def __init__(self, nodes: Sequence[str], run_folder: Path, *, slots: int) -> None:
         self.stop_asked = ""
+        self.draining: set[str] = set()
+        self._looked_s = time.monotonic()
         self._hosts = [_Host(node) for node in nodes or [""]]
         self._command = [sys.executable, "-m", "hvdlm.elastic", "--join", str(run_folder)]
         self._command += ["--slots", str(slots), "--wait-s", "5"]
@@ -75,18 +80,30 @@ class Hosts:
                 host.process = None
                 host.ends += 1
                 host.not_before_s = now_s + min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (host.ends - 1))
-            if wanted and host.process is None and now_s >= host.not_before_s:
+            free = wanted and host.process is None and host.node not in self.draining
+            if free and now_s >= host.not_before_s:
                 host.process = self._start(host.node)
+        if self._hosts[0].node and now_s - self._looked_s > _LOOK_EVERY_S:
+            self._looked_s = now_s
+            # In a thread: a busy controller may take its time.
+            threading.Thread(target=self._look, name="nodes", daemon=True).start()
 
-    def close(self) -> None:
+    def close(self, *, limit_s: float = _END_LIMIT_S) -> None:
         """Wait for the end of all, and end those that do not."""
-        give_up_s = time.monotonic() + _END_LIMIT_S
+        give_up_s = time.monotonic() + limit_s
         for process in (host.process for host in self._hosts if host.process):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.1, give_up_s - time.monotonic()))
             if process.poll() is None:
                 process.kill()
                 process.wait()
+
+    def _look(self) -> None:
+        states = "draining,drained,fail,failing,maint"
+        command = ["sinfo", "--noheader", "--Node", f"--states={states}", "--format=%N"]
+        outcome = run_bounded(command, limit_s=_ASK_LIMIT_S)
+        if outcome.code == 0:
+            self.draining = set(outcome.output.split())
 
     def _start(self, node: str) -> subprocess.Popen[bytes]:
         # No PMI, and no end of the others where one fails. Without --overlap the step would wait for the

@@ -17,8 +17,8 @@ class Policy:
         first_workers: how many the first world waits for, at most `start_wait_s`.
         settle_s: joiners are taken in when the last one has been ready for so long.
         agent_silent_s: a host without a sign of life is lost.
-        broken_silent_s: so it is sooner where a world broke, which it may be the cause of.
         worker_silent_s: so is a worker, which its host otherwise vouches for.
+        broken_silent_s: both are sooner where a world broke, which they may be the cause of.
         first_wait_s: before a slot whose worker died is filled again; doubled each time.
         longest_wait_s: and at most so long.
         most_failures: worlds in a row that may fail without a new step.
@@ -29,8 +29,8 @@ class Policy:
     start_wait_s: float = 120.0
     settle_s: float = 2.0
     agent_silent_s: float = 10.0
-    broken_silent_s: float = 3.0
     worker_silent_s: float = 30.0
+    broken_silent_s: tuple[float, float] = (3.0, 8.0)
     first_wait_s: float = 5.0
     longest_wait_s: float = 300.0
     most_failures: int = 5
@@ -75,6 +75,8 @@ class Worker:
         slot: which of its host's.
         waiting: it is in no world and wants one.
         generation: the last world it was in; 0 = none.
+        prepared: it is about to start Horovod there, or has.
+        lost: that world ended for it because another rank was gone.
         step: the last step that its memory holds whole; -1 = none.
         heard_s: its last sign of life; 0 = none yet.
         ready_s: since when it waits for its first world.
@@ -86,6 +88,8 @@ class Worker:
     slot: int
     waiting: bool = False
     generation: int = 0
+    prepared: bool = False
+    lost: bool = False
     step: int = -1
     heard_s: float = 0.0
     ready_s: float = 0.0

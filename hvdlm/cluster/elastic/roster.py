@@ -52,6 +52,13 @@ class Roster:
             self.stop_reason = reason
             self.news.append(f"stopping: {reason}")
 
+    def drain(self, hosts: set[str], why: str) -> None:
+        """Hosts that should go, where others stay."""
+        for agent in self.agents.values():
+            if agent.host in hosts and not agent.leaving and self._others_than({agent.host}):
+                agent.leaving = why
+                self.news.append(f"host {agent.host} leaves: {why}")
+
     def hear_agent(self, message: dict[str, Any], now_s: float) -> dict[str, Any]:
         """A sign of life of a host, and what it is to run.
 
@@ -84,38 +91,43 @@ class Roster:
         """A sign of life of a worker, and what it is to do.
 
         Args:
-            message: `worker` its name, `generation` the last world it was in, `waiting` whether it wants the
-                next, and `step` that its memory holds (-1 = none).
+            message: `worker` its name, `generation` the last world it had a place in, `prepared` whether it
+                is about to start Horovod there, `lost` whether that world broke, `waiting` whether it wants
+                the next one, and `step` that its memory holds (-1 = none).
 
         Returns:
-            `place` in the next world or None, `resize`: leave this world after the present step, `stop`:
-            why all save and leave (or ''), `leave`: end now.
+            `place` in the next world or None, `go`: all are prepared, `resize`: leave this world after the
+            present step, `broken`: another rank of it is gone, `stop`: why all save and leave (or ''),
+            `leave`: end now.
         """
         worker = self.workers.get(message["worker"])
         if worker is None:
-            return {"place": None, "resize": False, "stop": "", "leave": True}
+            return {"place": None, "stop": "", "leave": True}
         if message["waiting"] and not worker.waiting:
             worker.ready_s = now_s
         worker.heard_s, worker.waiting = now_s, message["waiting"]
-        worker.generation, worker.step = message["generation"], message["step"]
+        worker.generation, worker.lost = message["generation"], message["lost"]
+        worker.prepared, worker.step = message["prepared"], message["step"]
         self.look(now_s)
         worker.dismissed = worker.dismissed or self._must_go(worker)
         return {
             "place": self._place(worker),
+            "go": all(w.prepared and w.generation == self.generation for w in self._alive_members()),
             "resize": self._wants_resize(now_s),
+            "broken": self._is_broken() and worker.generation == self.generation,
             "stop": self.stop_reason,
             "leave": worker.dismissed,
         }
 
     def look(self, now_s: float) -> None:
         """Drop who is silent, and form a world where it is time."""
-        came_back = [w for w in self._alive_members() if w.waiting and w.generation == self.generation]
-        silent_s = self._policy.broken_silent_s if came_back else self._policy.agent_silent_s
+        limits = self._policy.agent_silent_s, self._policy.worker_silent_s
+        agent_silent_s, worker_silent_s = self._policy.broken_silent_s if self._is_broken() else limits
         for agent in list(self.agents.values()):
-            if now_s - agent.heard_s > silent_s:
+            if now_s - agent.heard_s > agent_silent_s:
                 self._lose_agent(agent, now_s)
         for worker in list(self.workers.values()):
-            if worker.heard_s and now_s - worker.heard_s > self._policy.worker_silent_s:
+            if worker.heard_s and now_s - worker.heard_s > worker_silent_s:
                 self.news.append(f"worker {worker.name} is silent, and given up")
                 self._lose(worker, now_s)
         if self.stop_reason and not self.workers and self.end_code is None:
@@ -130,8 +142,13 @@ class Roster:
         """It is in the present world, or on its way there."""
         if worker.name not in self._members:
             return False
-        broken = len(self._alive_members()) < len(self._members)
-        return not (worker.waiting and (broken or worker.generation == self.generation))
+        return not (worker.waiting and (self._is_broken() or worker.generation == self.generation))
+
+    def _is_broken(self) -> bool:
+        """A rank of the present world is gone, as far as this, or another rank of it, knows."""
+        members = self._alive_members()
+        missing = len(members) < len(self._members)
+        return missing or any(w.lost and w.generation == self.generation for w in members)
 
     def _must_go(self, worker: Worker) -> bool:
         unwanted = bool(worker.agent.leaving) or self.end_code is not None
@@ -162,7 +179,7 @@ class Roster:
     def _wants_resize(self, now_s: float) -> bool:
         """Whether the present world should end: somebody waits for the next, or must go from this one."""
         members = self._alive_members()
-        if any(w.agent.leaving for w in members) or len(members) < len(self._members):
+        if any(w.agent.leaving for w in members) or self._is_broken():
             return True
         joiners = [w for w in self._wanted() if w.waiting and w.name not in self._members]
         return bool(joiners) and now_s - max(w.ready_s for w in joiners) >= self._policy.settle_s
@@ -180,18 +197,22 @@ class Roster:
         if worker not in members or not worker.waiting or worker.generation == self.generation:
             return None
         # Where one was lost before all had come, another world has to be formed.
-        whole = len(members) == len(self._members)
-        return place_of(worker, members) | {"generation": self.generation} if whole else None
+        if self._is_broken():
+            return None
+        return place_of(worker, members) | {"generation": self.generation}
 
     def _leaves(self, agent: Agent, why: str) -> None:
         """A host must go: the others go on, where there are others."""
         agent.leaving = why
-        others = any(not w.agent.leaving for w in self._alive_members())
-        if (agent.job and agent.job == self._job) or not others:
+        if (agent.job and agent.job == self._job) or not self._others_than({agent.host}):
             # The whole job is ending, or nobody is left to remember what is on no disk.
             self.stop(f"{why} on {agent.host}")
         else:
             self.news.append(f"host {agent.host} leaves: {why}")
+
+    def _others_than(self, hosts: set[str]) -> bool:
+        """Whether some host of the present world is to stay."""
+        return any(not w.agent.leaving and w.agent.host not in hosts for w in self._alive_members())
 
     def _fill(self, agent: Agent, now_s: float) -> None:
         """Have a worker started in each slot that has none."""
