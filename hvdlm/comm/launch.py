@@ -19,7 +19,7 @@ UNKNOWN = 0
 _GLOO_TIMEOUT = "HOROVOD_GLOO_TIMEOUT_SECONDS"
 # With it and the fusion threshold in the environment, a second start of Horovod in one process ends
 # with a segmentation fault (0.28.1, ParameterManager::BayesianParameter::SetValue).
-_CYCLE_TIME = "HOROVOD_CYCLE_TIME"
+CYCLE_TIME = "HOROVOD_CYCLE_TIME"
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def process_settings(
     # would depend on what was ready together.
     fusion_mb = 0 if parallel.strategy in ("buckets", "zero1") else parallel.fusion_mb
     wanted = {
-        _CYCLE_TIME: f"{cycle_ms:g}",
+        CYCLE_TIME: f"{cycle_ms:g}",
         "HOROVOD_FUSION_THRESHOLD": str(fusion_mb * 2**20),
         # Horovod ignores a shutdown time below its check time.
         "HOROVOD_STALL_CHECK_TIME_SECONDS": str(max(1, min(60, stall_s // 2))),
@@ -132,7 +132,7 @@ def for_many_worlds(settings: Mapping[str, str], *, size: int) -> dict[str, str]
         settings: from `process_settings`.
         size: ranks of the world that comes next.
     """
-    changed = {name: value for name, value in settings.items() if name != _CYCLE_TIME}
+    changed = {name: value for name, value in settings.items() if name != CYCLE_TIME}
     if _GLOO_TIMEOUT in changed:
         # All ranks come to the start-up at one moment. Who does not hear that a peer is gone is told by the
         # driver; this is for the case that nobody knows.

@@ -14,7 +14,6 @@ import torch
 
 from hvdlm.cluster import job
 from hvdlm.comm import launch, world
-from hvdlm.comm.member import ELASTIC
 from hvdlm.comm.world import AgreedError, World
 from hvdlm.config import (
     EXIT_DONE,
@@ -39,21 +38,25 @@ from hvdlm.train.session import open_session
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    return _work(argv) if ELASTIC in os.environ else _start(argv)
+    return _work(argv) if worker.is_wanted() else _start(argv)
 
 
 def _work(argv: list[str]) -> int:
     """As a worker of an elastic run."""
-    member, told = worker.join()
+    member, token = worker.join()
+    # Named by Horovod's driver alone; ours says and prepares by itself what rank 0 does here.
+    here = launch.Launch("gloo", rank=int(os.environ.get("HOROVOD_RANK", "1")))
     config, recipe = load_config(argv, prog="python -m hvdlm.train")
-    config = _choose_strategy(config, launch.Launch("gloo", rank=1))
+    config = _choose_strategy(config, here)
     worker.check_elastic(config)
+    if here.rank == 0:
+        demo.prepare_if_asked(config.data.path, is_demo=recipe == DEFAULT_RECIPE)
     run_folder = folder_of(config, recipe)
 
     def finished(agreed: Agreed, ranks: World) -> int:
         return _say_finished(run_folder, agreed.start, ranks)
 
-    return worker.Worker(config, run_folder, member, token=told["token"], finished=finished).run()
+    return worker.Worker(config, run_folder, member, token=token, finished=finished).run()
 
 
 def _start(argv: list[str]) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvdlm.comm.world import AgreedError, World
+from hvdlm.comm.world import AgreedError, LostPeerError, World
 from hvdlm.config import RunConfig, total_steps
 from hvdlm.config.parse import keys, to_toml
 from hvdlm.data.manifest import Manifest, TokenizerInfo, read_tokenizer
@@ -95,7 +95,7 @@ def agree_on_start(
 
     try:
         agreed = ranks.on_root(read, name="start.agree")
-    except AgreedError:
+    except (AgreedError, LostPeerError):
         for held in leases:
             held.release()
             discard_empty(run_folder)

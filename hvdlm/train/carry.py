@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import final
+from typing import TypeAlias, final
 
 import torch
 
+from hvdlm.cluster.elastic.horovod_member import HorovodMember
 from hvdlm.comm.member import Member
 from hvdlm.comm.world import World
 from hvdlm.parallel.strategy import Read
 from hvdlm.run import exit_record, ledger
 from hvdlm.run.folder import Start
 from hvdlm.run.progress import Progress
+
+Places: TypeAlias = Member | HorovodMember
+"""Where a worker's worlds come from: our driver, or Horovod's."""
 
 
 @final
@@ -55,7 +59,7 @@ class Elastic:
         tensors: the training state on the CPU, by its canonical names, on rank 0 where it comes from there.
     """
 
-    member: Member
+    member: Places
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from hvdlm.comm import device
-from hvdlm.comm.member import Member
 from hvdlm.comm.world import World
 from hvdlm.config import RunConfig, total_steps
 from hvdlm.data.files import unwritable, write_atomic
@@ -29,7 +28,7 @@ from hvdlm.run.profile import Profile
 from hvdlm.run.progress import Progress
 from hvdlm.run.saver import Saver
 from hvdlm.train.agree import Agreed
-from hvdlm.train.carry import Elastic, shared_read
+from hvdlm.train.carry import Elastic, Places, shared_read
 from hvdlm.train.checks import BlockChecks, begin_checks
 from hvdlm.train.guards import check_same_parameters
 from hvdlm.train.headline import headline, sizes
@@ -59,7 +58,7 @@ class Session:
     profile: Profile
     progress: Progress
     reports: Reports | None
-    member: Member | None
+    member: Places | None
 
     def wish(self) -> Wish:
         """What this rank says in the step it is in; while a save is in flight no other is asked for."""

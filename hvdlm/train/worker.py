@@ -11,6 +11,7 @@ from typing import Any, final
 
 import torch
 
+from hvdlm.cluster.elastic.horovod_member import HorovodMember, is_under_horovod
 from hvdlm.comm import launch, world
 from hvdlm.comm.member import ELASTIC, WORKER, DriverGoneError, Member, read_told
 from hvdlm.comm.sockets import open_sockets, opened_since
@@ -19,7 +20,7 @@ from hvdlm.config import EXIT_DONE, EXIT_REQUEUE, RunConfig, UserError, total_st
 from hvdlm.run import crash
 from hvdlm.run.lease import BorrowedLease
 from hvdlm.train.agree import Agreed, agree_on_start
-from hvdlm.train.carry import Carry, Elastic
+from hvdlm.train.carry import Carry, Elastic, Places
 from hvdlm.train.loop import train
 from hvdlm.train.session import Session, open_session
 
@@ -28,15 +29,22 @@ _STRATEGIES = ("allreduce", "buckets", "zero1", "fixed")
 Leave = Callable[[Agreed, World], int]
 
 
-def join() -> tuple[Member, dict[str, Any]]:
+def is_wanted() -> bool:
+    """Whether an elastic driver started this process, ours or Horovod's."""
+    return ELASTIC in os.environ or is_under_horovod(os.environ)
+
+
+def join() -> tuple[Places, str]:
     """Tell the driver that this worker is there, before it has read anything.
 
     Returns:
-        The way to the driver, and what it wrote of itself.
+        The way to the driver, and the token of its lease; '' where it holds none.
 
     Raises:
         UserError: it is gone.
     """
+    if ELASTIC not in os.environ:
+        return HorovodMember(os.environ), ""
     path = Path(os.environ[ELASTIC])
     try:
         told = read_told(path)
@@ -44,7 +52,7 @@ def join() -> tuple[Member, dict[str, Any]]:
         raise UserError(
             f"{path}: no elastic driver is there any more; start python -m hvdlm.elastic"
         ) from error
-    return Member(told, os.environ[WORKER]), told
+    return Member(told, os.environ[WORKER]), told["token"]
 
 
 def check_elastic(config: RunConfig) -> None:
@@ -70,17 +78,17 @@ class Worker:
         config: of the run.
         run_folder: of the run.
         member: the way to the driver.
-        token: of the driver's lease.
+        token: of the driver's lease; '' = each world's rank 0 takes one of its own.
         finished: says that the run was done before; given what was agreed, and the ranks.
     """
 
     def __init__(
-        self, config: RunConfig, run_folder: Path, member: Member, *, token: str, finished: Leave
+        self, config: RunConfig, run_folder: Path, member: Places, *, token: str, finished: Leave
     ) -> None:
         self._config = config
         self._run_folder = run_folder
         self._member = member
-        self._lease = BorrowedLease(run_folder, token)
+        self._lease = BorrowedLease(run_folder, token) if token else None
         self._finished = finished
         self._session: Session | None = None
         self._lost = False
@@ -120,13 +128,14 @@ class Worker:
         before = open_sockets()
         ranks = world.init(*self._launch(place))
         self._member.hang_up_if_broken(opened_since(before))
-        self._lost, attempt, code = False, 0, None
+        self._lost, attempt, code, agreed = False, 0, None, None
         try:
             agreed = agree_on_start(
                 self._config, self._run_folder, ranks, lease=self._lease, carry=self._carry
             )
             if agreed.start.step >= total_steps(self._config) or agreed.start.course.plateau.finished:
                 code = self._finished(agreed, ranks)
+                agreed.close()
             else:
                 attempt = agreed.start.attempt
                 crash.end_job_on_thread_errors(ranks, self._run_folder, attempt)
@@ -137,7 +146,7 @@ class Worker:
                 if code is None:
                     self._session.close()
         except LostPeerError:
-            self._leave_broken_world()
+            self._leave_broken_world(agreed)
         except AgreedError as error:
             crash.leave_together("train", error, ranks, run_folder=self._run_folder, attempt=attempt)
             code = error.exit_code
@@ -167,6 +176,8 @@ class Worker:
 
     def _launch(self, place: dict[str, Any]) -> tuple[launch.Launch, dict[str, str]]:
         here, settings = self._member.settings(place)
+        # As `for_many_worlds` drops it from ours.
+        os.environ.pop(launch.CYCLE_TIME, None)
         wanted = launch.process_settings(
             here,
             self._config.parallel,
@@ -176,11 +187,13 @@ class Worker:
         )
         return here, launch.for_many_worlds(wanted, size=here.size) | settings
 
-    def _leave_broken_world(self) -> None:
+    def _leave_broken_world(self, agreed: Agreed | None) -> None:
         """Another rank is gone, and with it what was under way."""
         s, self._lost = self._session, True
         if s is None:
             print("hvdlm train: a rank was lost before the first step", file=sys.stderr, flush=True)
+            if agreed:
+                agreed.close()
             return
         where = f"hvdlm train: after step {s.progress.step}"
         if s.ranks.is_root:

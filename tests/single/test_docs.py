@@ -33,9 +33,13 @@ DOCUMENTS = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"
 RUNBOOK = ROOT / "docs" / "operations.md"
 TAGS = {"sh", "text"}
 HEADS = ("python -m ", "./install.sh", "make ", "mpirun ", "horovodrun ", "srun ", "sbatch ")
+HOROVODRUN_ELASTIC = (
+    *("--min-np", "--max-np", "--network-interface", "lo"),
+    *("--host-discovery-script", "./hosts.sh"),
+)
 LAUNCHER_OPTIONS = {
     "mpirun": {"-np", *helpers.MPI_OPTIONS},
-    "horovodrun": {"-np", "--gloo"},
+    "horovodrun": {"-np", "--gloo", *HOROVODRUN_ELASTIC},
     "srun": {"--mpi=pmix"},
 }
 """What tests/parallel/ runs."""
@@ -163,8 +167,18 @@ def check_module(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPa
         assert config_main(arguments) == 0
     elif module == "hvdlm.train":
         load_config(arguments, prog=module)
+    elif module == "hvdlm.elastic":
+        check_elastic(arguments, monkeypatch)
     else:
         check_plain(module, arguments, monkeypatch)
+
+
+def check_elastic(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does not know goes to train."""
+    command = importlib.import_module("hvdlm.elastic.__main__")
+    monkeypatch.setattr(command, "drive", lambda args, rest: load_config(rest, prog="hvdlm.train"))
+    monkeypatch.setattr(command, "join", lambda args: None)
+    command.main(arguments)
 
 
 def check_plain(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
