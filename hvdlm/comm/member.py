@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import signal
 import socket
 import threading
 import time
@@ -69,7 +70,11 @@ class Member:
         resize: this world should end after the present step.
         stop: why all should save and leave; '' = they should not.
         generation: the world this worker is in, or was in last; 0 = none.
+        signals: those that this process should stop for. None: Slurm's go to every process of a node, and
+            its agent hears them, who knows whether they mean the host or the whole run.
     """
+
+    signals: tuple[signal.Signals, ...] = ()
 
     def __init__(self, told: dict[str, Any], name: str) -> None:
         self.resize = False

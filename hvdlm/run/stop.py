@@ -42,9 +42,18 @@ class StopWatch:
         attempt: number of this start of the run.
         watch_file: look for STOP and SAVE (rank 0 alone does, to spare the file system).
         deadline_unix: when to stop by itself, in seconds since 1970; 0 = never.
+        signals: those that mean this rank; for others, what handlers there are stay.
     """
 
-    def __init__(self, run_folder: Path, *, attempt: int, watch_file: bool, deadline_unix: float) -> None:
+    def __init__(
+        self,
+        run_folder: Path,
+        *,
+        attempt: int,
+        watch_file: bool,
+        deadline_unix: float,
+        signals: tuple[signal.Signals, ...] = SIGNALS,
+    ) -> None:
         self.reason: str | None = None
         self._run_folder = run_folder
         self._attempt = attempt
@@ -60,7 +69,7 @@ class StopWatch:
         self._wake_sender.setblocking(False)
         self._old_fd = signal.set_wakeup_fd(self._wake_sender.fileno(), warn_on_full_buffer=False)
         # The handler does nothing: without one the default action would end the process.
-        self._old_handlers = {s: signal.signal(s, lambda *_: None) for s in SIGNALS}
+        self._old_handlers = {s: signal.signal(s, lambda *_: None) for s in signals}
         self._thread = threading.Thread(target=self._watch, name="stop-watch", daemon=True)
         self._thread.start()
 
@@ -107,7 +116,7 @@ class StopWatch:
             self._look_around()
 
     def _hear(self, number: int) -> None:
-        if number not in SIGNALS:
+        if number not in self._old_handlers:
             return
         self.reason = self.reason or f"signal {signal.Signals(number).name}"
         self._interrupts += number == signal.SIGINT

@@ -128,7 +128,7 @@ def open_session(
     if ranks.is_root:
         _mark_running(run_folder, agreed)
     ranks.barrier(name="session.folder")
-    watch = _open_watch(config, run_folder, agreed, ranks)
+    watch = _open_watch(config, run_folder, agreed, ranks, member=elastic.member if elastic else None)
     sources, notes = _stage(config, agreed, ranks, watch)
     loader = _open_loader(config, agreed, sources, ranks)
     # What is staged was compared with its digests to the last byte.
@@ -171,12 +171,15 @@ def open_session(
     )
 
 
-def _open_watch(config: RunConfig, run_folder: Path, agreed: Agreed, ranks: World) -> stop.StopWatch:
+def _open_watch(
+    config: RunConfig, run_folder: Path, agreed: Agreed, ranks: World, *, member: Places | None
+) -> stop.StopWatch:
     return stop.StopWatch(
         run_folder,
         attempt=agreed.start.attempt,
         watch_file=ranks.is_root,
         deadline_unix=stop.deadline(agreed.job_end_unix, config.train.stop_margin_s),
+        signals=member.signals if member else stop.SIGNALS,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from hvdlm.comm.member import ELASTIC, WORKER, DriverGoneError, Member, read_tol
 from hvdlm.comm.sockets import open_sockets, opened_since
 from hvdlm.comm.world import AgreedError, LostPeerError, World
 from hvdlm.config import EXIT_DONE, EXIT_REQUEUE, RunConfig, UserError, total_steps
-from hvdlm.run import crash
+from hvdlm.run import crash, stop
 from hvdlm.run.lease import BorrowedLease
 from hvdlm.train.agree import Agreed, agree_on_start
 from hvdlm.train.carry import Carry, Elastic, Places
@@ -52,6 +53,9 @@ def join() -> tuple[Places, str]:
         raise UserError(
             f"{path}: no elastic driver is there any more; start python -m hvdlm.elastic"
         ) from error
+    for number in stop.SIGNALS:
+        # Also between worlds; see `Member.signals`.
+        signal.signal(number, lambda *_: None)
     return Member(told, os.environ[WORKER]), told["token"]
 
 

@@ -54,7 +54,10 @@ def never() -> Wish:
 def wish_of(rank: int, step: int) -> Wish:
     """One rank asks to stop after step 3, another to save after 2 and 3."""
     return Wish(
-        stop=(rank, step) == (1, 3), save=rank == 0 and step in (2, 3), writing=(rank, step) == (0, 4)
+        stop=(rank, step) == (1, 3),
+        save=rank == 0 and step in (2, 3),
+        writing=(rank, step) == (0, 4),
+        resize=(rank, step) == (0, 5),
     )
 
 
@@ -135,7 +138,7 @@ def test_the_steps_are_those_of_one_process(world: World, ranks: int, name: str)
         assert stats.grad_norm == pytest.approx(expected[step - 1][1], rel=1e-5 if step == 1 else 1e-3)
         assert stats.count == SLOTS * MICRO_BATCH * SEQ_LEN
         assert not stats.skipped
-        assert stats.wish == (step == 3 and ranks > 1, step in (2, 3), step == 4)
+        assert stats.wish == Wish(step == 3 and ranks > 1, step in (2, 3), step == 4, step == 5)
     assert len(set(world.gather_json(strategy.digest(), name="digest"))) == 1
     for found, wanted in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)

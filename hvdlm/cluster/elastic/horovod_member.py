@@ -26,7 +26,6 @@ from hvdlm.comm.sockets import Sockets
 from hvdlm.comm.store import Store
 from hvdlm.config import EXIT_REQUEUE, UserError
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _MEET_LIMIT_S = 5.0
 _READY_LIMIT_S = 60.0
 _POLL_S = 0.05
@@ -51,7 +50,10 @@ class HorovodMember:
     Attributes:
         resize: this world should end after the present step.
         stop: why all should save and leave; '' = they should not.
+        signals: those that this process should stop for.
     """
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self.resize = False
@@ -64,7 +66,7 @@ class HorovodMember:
         self._host, self._slot = env["HOROVOD_HOSTNAME"], int(env["HOROVOD_LOCAL_RANK"])
         # Horovod's own would have to know of the ranks that are dealt out here.
         self._store = Store(address_towards(self._driver))
-        for number in _SIGNALS:
+        for number in self.signals:
             # Until a world's own watch hears them, and between worlds.
             signal.signal(number, self._hear)
         self._notifications = WorkerNotificationManager()
