@@ -51,9 +51,14 @@ def submit(site: Path, train: list[str], *options: str) -> list[str]:
 
 
 def sbatch(site: Path, train: list[str], *options: str) -> str:
-    """Hand in one job by sbatch alone; its number."""
+    """Hand in one job of train_64gpu.sh by sbatch alone; its number."""
+    return hand_in(SCRIPT, site, train[train.index("hvdlm.train") + 1 :], *options)
+
+
+def hand_in(script: Path, site: Path, arguments: list[str], *options: str) -> str:
+    """Hand in a job of a script by sbatch alone; its number."""
     read = f'set -a; . {site}; exec sbatch --parsable $HVDLM_SBATCH "$@"'
-    arguments = [*options, str(SCRIPT), *train[train.index("hvdlm.train") + 1 :]]
+    arguments = [*options, str(script), *arguments]
     env = {**os.environ, **environment(site)}
     command = ["bash", "-c", read, "bash", *arguments]
     done = subprocess.run(command, cwd=site.parent, env=env, check=True, capture_output=True, text=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
@@ -20,6 +21,8 @@ _FIRST_WAIT_S = 3.0
 _LONGEST_WAIT_S = 300.0
 _END_LIMIT_S = 15.0
 _LOOK_EVERY_S = 15.0
+# SLURM_ and SRUN_CPUS_PER_TASK: with one of them a step of one task has no more.
+_CPUS_PER_TASK = "_CPUS_PER_TASK"
 
 
 def own_nodes(env: Mapping[str, str]) -> list[str]:
@@ -110,6 +113,9 @@ class Hosts:
         # cores of the batch script's own.
         step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--mpi=none"]
         step += ["--no-kill", "--kill-on-bad-exit=0", "--unbuffered"]
+        # One task, whose workers share all that the job has of the node.
+        step += ["--mem=0", "--cpu-bind=none", "--gpu-bind=none"]
+        env = {name: value for name, value in os.environ.items() if not name.endswith(_CPUS_PER_TASK)}
         command = [*step, *self._command] if node else self._command
         # Signals of a terminal are for the driver, which tells the others.
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
