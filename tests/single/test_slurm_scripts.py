@@ -44,7 +44,7 @@ def test_the_header_is_that_of_64_gpus() -> None:
 
 
 def test_the_scripts_begin_alike() -> None:
-    """Site, environment, what Slurm knows: the same lines, so that one who knows a script knows the others."""
+    """Site, environment, what Slurm knows: who has read one script knows the others."""
     names = ("train_64gpu.sh", "train_elastic.sh", "donor.sh")
     begins = {_beginning((SCRIPTS / name).read_text()).replace(name, "NAME") for name in names}
     assert len(begins) == 1
