@@ -67,16 +67,23 @@ class ElasticRun:
 
     def trains_on(self, ranks: int, *, within_s: float) -> None:
         """Several new steps on so many ranks."""
-        begun = self.step
+        begun: list[int] = []
 
         def holds() -> bool:
             sizes = re.findall(r"world \d+: (\d+) worker", self.log)
-            return sizes[-1:] == [str(ranks)] and self.step > begun + 5
+            if sizes[-1:] != [str(ranks)]:
+                return False
+            rows = helpers.rows(self.out, "ledger.jsonl")
+            # Each world is an attempt; and those of the driver's jobs before have to be counted too.
+            if sum("resumed_at" in row for row in rows) == len(sizes):
+                begun[:] = begun or [self.step]
+            return bool(begun) and self.step > begun[0] + 5
 
         try:
             helpers.wait_until(holds, within_s=within_s, what=f"training on {ranks}")
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.log}") from None
+            logs = "\n".join(path.read_text() for path in sorted(self._site.parent.glob("*.log")))
+            raise AssertionError(f"{error}\n{logs}") from None
 
     def stop_and_check(self) -> None:
         """Every sample once, no step twice, the losses of a run of one process that nothing happened to."""

@@ -67,9 +67,10 @@ class Hosts:
         self.stop_asked = ""
         self.draining: set[str] = set()
         self._looked_s = time.monotonic()
+        self._complained = False
         self._hosts = [_Host(node) for node in nodes or [""]]
         self._command = [sys.executable, "-m", "hvdlm.elastic", "--join", str(run_folder)]
-        self._command += ["--slots", str(slots), "--wait-s", "5"]
+        self._command += ["--slots", str(slots), "--wait-s", "0"]
 
     def ask_stop(self, reason: str) -> None:
         """For a signal handler."""
@@ -102,11 +103,15 @@ class Hosts:
                 process.wait()
 
     def _look(self) -> None:
-        states = "draining,drained,fail,failing,maint"
+        states = "draining,drained,fail,maint"
         command = ["sinfo", "--noheader", "--Node", f"--states={states}", "--format=%N"]
         outcome = run_bounded(command, limit_s=_ASK_LIMIT_S)
         if outcome.code == 0:
             self.draining = set(outcome.output.split())
+        elif not self._complained:
+            self._complained = True
+            line = f"hvdlm elastic: warning: not known which nodes are being drained: sinfo: {outcome.reason}"
+            print(line, file=sys.stderr, flush=True)
 
     def _start(self, node: str) -> subprocess.Popen[bytes]:
         # No PMI, and no end of the others where one fails. Without --overlap the step would wait for the
