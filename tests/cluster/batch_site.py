@@ -15,6 +15,7 @@ from tests import helpers
 from tests.cluster import jobs
 
 SCRIPT = jobs.ROOT / "slurm" / "train_64gpu.sh"
+_IN_RANKS = Path(__file__).parent / "in_ranks"
 _SITE = """\
 HVDLM_SBATCH="--nodes=2 --ntasks-per-node=1 --cpus-per-task=2 --gpus-per-node=0 --signal=USR2@60 --time=10"
 HVDLM_MPI={mpi}
@@ -29,6 +30,13 @@ def write_site(folder: Path, mpi: str) -> Path:
     path = folder / "test.env"
     path.write_text(_SITE.format(mpi=mpi))
     return path
+
+
+def pace(site: Path, step_s: float, **more: object) -> None:
+    """Steps take at least so long; what else `in_ranks/sitecustomize.py` is to do."""
+    ours = {"PYTHONPATH": f"{_IN_RANKS}:{jobs.ROOT}", "HVDLM_TEST_STEP_S": step_s, **more}
+    with site.open("a") as file:
+        file.writelines(f"{name}={value}\n" for name, value in ours.items())
 
 
 def environment(site: Path) -> dict[str, str]:
