@@ -73,15 +73,21 @@ def log(site: Path, job: str) -> str:
     return "".join(path.read_text() for path in site.parent.glob(f"*-{job}.log"))
 
 
-def rank(job: str, number: int) -> psutil.Process:
-    """A training process of a job."""
+def ranks(job: str) -> dict[int, psutil.Process]:
+    """The training processes of a job."""
+    found = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             env = process.environ()
             own = env.get("OMPI_COMM_WORLD_RANK", env.get("SLURM_PROCID"))
-            if env.get("SLURM_JOB_ID") == job and own == str(number) and "hvdlm.train" in process.cmdline():
-                return process
-    raise AssertionError(f"job {job} has no rank {number}")
+            if env.get("SLURM_JOB_ID") == job and own and "hvdlm.train" in process.cmdline():
+                found[int(own)] = process
+    return found
+
+
+def rank(job: str, number: int) -> psutil.Process:
+    """A training process of a job."""
+    return ranks(job)[number]
 
 
 def rows(run_folder: Path, event: str) -> list[dict[str, Any]]:

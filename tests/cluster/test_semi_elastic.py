@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import subprocess
-import time
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -113,20 +113,122 @@ def test_the_time_limit_s_signal(tiny_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_chain_of_five_to_the_end(tiny_data: Path, tmp_path: Path) -> None:
-    """On 1, 2, 3, 2 and 1 nodes, with one curve to the last bit."""
     site, run_folder = paced_site(tmp_path, "none"), tmp_path / "run"
-    command = train(tiny_data, run_folder, *FIXED)
-    nodes = (1, 2, 3, 2, 1)
+    command = train(tiny_data, run_folder, *ALLREDUCE)
     chain = submit(site, command, "--chain", "5")
-    for job, count in zip(chain[1:], nodes[1:], strict=True):
-        update = ["scontrol", "update", f"JobId={job}", f"NumNodes={count}", f"NumTasks={count}"]
-        subprocess.run(update, check=True)
     for attempt, job in enumerate(chain[:-1], 1):
         faults.wait_for_start(run_folder, attempt - 1)
-        faults.wait_for_step(run_folder, 60 * attempt)
+        faults.wait_for_step(run_folder, 40 * attempt)
         faults.tell(job, "USR2")
     jobs.wait_for_end(chain[-1])
     assert [jobs.exit_codes(job) for job in chain] == [{"75"}] * 4 + [{"0"}], log(site, chain[0])
-    worlds = {row["attempt"]: row["world_size"] for row in helpers.rows(run_folder, "ledger.jsonl", step=1)}
-    assert worlds
+    assert [row["job"] for row in rows(run_folder, "begun")] == chain
+    assert [start.redone for start in faults.starts(run_folder)] == [0] * 4
+    faults.assert_undisturbed(run_folder, command, STEPS)
+
+
+def test_one_node_then_three_then_two(tiny_data: Path, tmp_path: Path) -> None:
+    """A run is on as many nodes as its job gets, and its losses do not tell, to the last bit."""
+    site, run_folder = paced_site(tmp_path, "none"), tmp_path / "run"
+    command, nodes = train(tiny_data, run_folder, *FIXED), (1, 3, 2)
+    chain = [sbatch(site, command, f"--nodes={count}") for count in nodes]
+    for attempt, job in enumerate(chain[:-1], 1):
+        faults.wait_for_start(run_folder, attempt - 1)
+        faults.wait_for_step(run_folder, 70 * attempt)
+        faults.tell(job, "USR2")
+    jobs.wait_for_end(chain[-1])
+    assert [jobs.exit_codes(job) for job in chain] == [{"75"}, {"75"}, {"0"}], log(site, chain[0])
+    sizes = {
+        row["attempt"]: row["world_size"] for row in helpers.rows(run_folder, "ledger.jsonl") if "step" in row
+    }
+    assert sizes == {1: 1, 2: 3, 3: 2}
+    faults.assert_undisturbed(run_folder, command, STEPS)
+
+
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_a_node_that_dies_in_the_middle_of_a_step(
+    which: str, machine: Machine, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Off the network, so that nobody hears of it: Slurm notices, and queues the job again."""
+    site, run_folder = write_site(tmp_path, "none"), tmp_path / "run"
+    # A quarter of a second; next to none of it is the save.
+    long_steps = ("--train.global_batch", "512", "--checkpoint.every", "4")
+    command = train(tiny_data, run_folder, *FIXED, *long_steps, steps=30)
+    job = sbatch(site, command)
+    faults.wait_for_step(run_folder, 10)
+    machine.kill(faults.nodes_of(job)[0 if which == "first" else -1], unplug=True)
+    faults.wait_for_start(run_folder, 1)
+    jobs.wait_for_end(job)
+    assert jobs.exit_codes(job) == {"0"}, log(site, job)
+    assert restarts(job) == 1
+    (start,) = faults.starts(run_folder)
+    assert 0 < start.redone < 8
+    faults.assert_undisturbed(run_folder, command, 30)
+
+
+def test_a_node_that_dies_in_the_middle_of_a_save(machine: Machine, tiny_data: Path, tmp_path: Path) -> None:
+    """What it had written is no checkpoint, and is cleared away; the one before is gone on from."""
+    site, run_folder = write_site(tmp_path, "none"), tmp_path / "run"
+    large = ("--model.width", "512", "--model.layers", "4", "--model.heads", "8", "--checkpoint.every", "4")
+    command = train(tiny_data, run_folder, *FIXED, *large, steps=30)
+    job = sbatch(site, command)
+    faults.wait_for_step(run_folder, 6)
+    before = faults.saved_step(run_folder)
+    pieces = "step-*.tmp-*/rank-*"
+    helpers.wait_until(lambda: any((run_folder / "checkpoints").glob(pieces)), within_s=60, what="a save")
+    machine.kill(faults.nodes_of(job)[0])
+    half = [*(run_folder / "checkpoints").glob(pieces)]
+    assert half and faults.saved_step(run_folder) - before < 8
+    newest = faults.saved_step(run_folder)
+    faults.wait_for_start(run_folder, 1)
+    assert faults.resumed_at(run_folder) == newest + 1
+    jobs.wait_for_end(job)
+    assert jobs.exit_codes(job) == {"0"}, log(site, job)
+    assert restarts(job) == 1
+    assert not [*(run_folder / "checkpoints").glob("*.tmp-*")]
+    faults.assert_undisturbed(run_folder, command, 30)
+
+
+def test_two_submissions_of_one_run(tiny_data: Path, tmp_path: Path) -> None:
+    """Under two names, so that Slurm starts both. The second is told whose the run is and ends for good; the
+    first, which dies of something else afterwards, has its successor."""
+    site, run_folder = paced_site(tmp_path, "none"), tmp_path / "run"
+    command = train(tiny_data, run_folder, *FIXED, steps=5000)
+    first, successor = (sbatch(site, command, "--no-requeue") for _ in range(2))
+    faults.wait_for_start(run_folder, 0)
+    seconds = [sbatch(site, command, f"--job-name=again-{number}") for number in range(3)]
+    for job in seconds:
+        jobs.wait_for_end(job)
+        assert f"is being trained by another start (job {first}, process " in log(site, job), log(site, job)
+        assert (jobs.exit_codes(job), restarts(job)) == ({"1"}, 0), log(site, job)
+    assert faults.state_of(first) == "RUNNING"
+    faults.kill_rank(first, Random(0))
+    faults.wait_for_start(run_folder, 1)
+    assert faults.state_of(successor) == "RUNNING", log(site, successor)
+    (run_folder / "STOP").touch()
+    jobs.wait_for_end(successor)
+    faults.assert_undisturbed(run_folder, command, helpers.exit_record(run_folder)["step"])
+
+
+@pytest.mark.parametrize("mpi", ["none", "pmix", "mpirun"])
+def test_a_rank_that_raises(mpi: str, tiny_data: Path, tmp_path: Path) -> None:
+    """Its job ends within 15 s, and says whose fault it was; the successor goes on."""
+    fails = tmp_path / "has-failed"
+    site, run_folder = paced_site(tmp_path, mpi, HVDLM_TEST_FAILS=fails), tmp_path / "run"
+    command = train(tiny_data, run_folder, *ALLREDUCE)
+    first, second = (sbatch(site, command, "--no-requeue") for _ in range(2))
+    helpers.wait_until(fails.exists, within_s=90, what="the failure")
+    node = faults.nodes_of(first)[1]
+    helpers.wait_until(lambda: not batch_site.ranks(first), within_s=15, what="no rank left")
+    record = helpers.exit_record(run_folder)
+    assert (record["state"], record["rank"], record["host"]) == ("failed", 1, node)
+    assert record["error"] == "ZeroDivisionError: integer division or modulo by zero"
+    jobs.wait_for_end(first)
+    assert (faults.state_of(first), jobs.exit_codes(first)) == ("FAILED", {"1"}), log(site, first)
+    assert faults.state_of(second) in ("PENDING", "RUNNING")
+    jobs.wait_for_end(second)
+    assert (faults.state_of(second), jobs.exit_codes(second)) == ("COMPLETED", {"0"}), log(site, second)
+    assert "rank 1 failed:" in log(site, first)
+    (start,) = faults.starts(run_folder)
+    assert start.redone < 2 * EVERY
     faults.assert_undisturbed(run_folder, command, STEPS)
