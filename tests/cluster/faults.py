@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -137,7 +138,7 @@ def starts(run_folder: Path) -> list[Start]:
     for row in helpers.rows(run_folder, "metrics.jsonl", kind="train"):
         last[row["attempt"]] = row["step"]
     found = []
-    for this, following in zip(opened, opened[1:], strict=False):
+    for this, following in itertools.pairwise(opened):
         step = last.get(this["attempt"], this["resumed_at"] - 1)
         redone = step + 1 - following["resumed_at"]
         found.append(Start(this["attempt"], this["resumed_at"], step, redone))

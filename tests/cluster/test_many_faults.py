@@ -67,7 +67,7 @@ def inject(kind: str, machine: Machine, job: str, choose: Random) -> Callable[[]
 
 
 def one_round(kind: str, machine: Machine, run_folder: Path, choose: Random) -> Round:
-    """A start that left no checkpoint is not ended here: after three of those a run gives up, as it should."""
+    """A start that has left no checkpoint is let go on: after three of those a run gives up, as it should."""
     before = faults.position(run_folder).attempt
     resumed = faults.resumed_at(run_folder)
     helpers.wait_until(lambda: faults.saved_step(run_folder) >= resumed, within_s=90, what="a checkpoint")

@@ -10,13 +10,14 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 
 def _fail_once() -> None:
-    name = os.environ.get("HVDLM_TEST_FAILS")
+    name = os.environ.get("HVDLM_TEST_FAILS", "")
     rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("SLURM_PROCID"))
-    if name and rank == "1" and not os.path.exists(name):
-        open(name, "w").close()
+    if name and rank == "1" and not Path(name).exists():
+        Path(name).touch()
         print(1 // 0)
 
 
