@@ -169,7 +169,9 @@ def assert_undisturbed(run_folder: Path, command: list[str], steps: int) -> None
     with helpers.started(reference, {}) as process:
         output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
-    expected, found = helpers.losses(alone), helpers.losses(run_folder)
+    expected = helpers.losses(alone)
+    # A start that was killed may have done more.
+    found = {step: loss for step, loss in helpers.losses(run_folder).items() if step <= steps}
     assert sorted(found) == sorted(expected) == list(range(1, steps + 1))
     apart = [s for s in expected if abs(found[s] - expected[s]) > (0 if fixed else 1e-4)]
     assert not apart, f"another loss than undisturbed in {len(apart)} step(s), first {apart[0]}"

@@ -193,7 +193,7 @@ def test_two_submissions_of_one_run(tiny_data: Path, tmp_path: Path) -> None:
     """Under two names, so that Slurm starts both. The second is told whose the run is and ends for good; the
     first, which dies of something else afterwards, has its successor."""
     site, run_folder = paced_site(tmp_path, "none"), tmp_path / "run"
-    command = train(tiny_data, run_folder, *FIXED, steps=5000)
+    command = train(tiny_data, run_folder, *FIXED, "--optim.schedule", "constant", steps=5000)
     first, successor = (sbatch(site, command, "--no-requeue") for _ in range(2))
     faults.wait_for_start(run_folder, 0)
     seconds = [sbatch(site, command, f"--job-name=again-{number}") for number in range(3)]
