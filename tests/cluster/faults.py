@@ -42,7 +42,7 @@ def position(run_folder: Path) -> Position:
     return Position(0, 0)
 
 
-def wait_for_start(run_folder: Path, after: int, *, within_s: float = 120) -> float:
+def wait_for_start(run_folder: Path, after: int, *, within_s: float = 240) -> float:
     """Until a start later than attempt `after` has done a step; the seconds it took."""
     return helpers.wait_until(
         lambda: position(run_folder).attempt > after,

@@ -75,7 +75,7 @@ def one_round(kind: str, machine: Machine, run_folder: Path, choose: Random) -> 
     job = faults.current_job(run_folder)
     begin = time.monotonic()
     repair = inject(kind, machine, job, choose)
-    faults.wait_for_start(run_folder, before, within_s=180)
+    faults.wait_for_start(run_folder, before)
     seconds = time.monotonic() - begin
     repair()
     ended = [start for start in faults.starts(run_folder) if start.attempt >= before]

@@ -99,9 +99,9 @@ def test_the_time_limit_s_signal(tiny_data: Path, tmp_path: Path) -> None:
     more = ("--optim.schedule", "constant", "--train.stop_margin_s", "5", *FIXED)
     command = train(tiny_data, run_folder, *more, steps=100000)
     first, second = (sbatch(site, command, "--time=2", "--signal=USR2@30") for _ in range(2))
-    faults.wait_for_start(run_folder, 1, within_s=200)
+    faults.wait_for_start(run_folder, 1)
     assert (faults.state_of(first), jobs.exit_codes(first)) == ("FAILED", {"75"}), log(site, first)
-    faults.wait_for_start(run_folder, 2, within_s=200)
+    faults.wait_for_start(run_folder, 2)
     assert [restarts(job) for job in (first, second)] == [0, 1]
     (run_folder / "STOP").touch()
     jobs.wait_for_end(second)
