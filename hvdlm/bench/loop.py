@@ -21,7 +21,8 @@ from typing import Any, cast, final
 import numpy as np
 import torch
 
-from hvdlm.bench.bare import Steps, bare_loop
+from hvdlm.bench.bare import Bare, Steps, bare_loop, wait_for
+from hvdlm.comm import device
 from hvdlm.comm.world import World
 from hvdlm.config import RunConfig
 from hvdlm.config.parse import load_config
@@ -32,8 +33,14 @@ from hvdlm.train.loop import train
 from hvdlm.train.session import open_session
 
 
-def measure(*, blocks: int, block_steps: int, ranks: World) -> dict[str, Any]:
+def measure(*, blocks: int, block_steps: int, ranks: World, flags: list[str]) -> dict[str, Any]:
     """Time both loops, on one rank.
+
+    Args:
+        blocks: of each loop that are timed.
+        block_steps: steps of each.
+        ranks: this process.
+        flags: of the run, where it is another than the demo's.
 
     Returns:
         `loop_ms` and `bare_ms` (median step of each), and `overhead`: the median over the blocks of
@@ -44,8 +51,8 @@ def measure(*, blocks: int, block_steps: int, ranks: World) -> dict[str, Any]:
     # A block is timed when the loop asks for the next one; the first one warms up.
     steps = (blocks + 1) * block_steps + 1
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        flags = ["--train.steps", str(steps), "--train.out", folder, "--eval.batches", "0"]
-        config, _ = load_config([*flags, "--checkpoint.every", "0"], prog="bench step")
+        flags = ["--train.steps", str(steps), "--train.out", folder, "--eval.batches", "0", *flags]
+        config, _ = load_config(["--checkpoint.every", "0", *flags], prog="bench step")
         for data_folder in config.data.weights:
             demo.prepare(Path(data_folder))
         pacer = _run(config, Path(folder), ranks, block_steps)
@@ -73,12 +80,13 @@ class Pacer:
         bare: the same of the bare blocks; each block of the real loop stands between two of them.
     """
 
-    def __init__(self, loader: Loader, bare: Connection, block_steps: int) -> None:
+    def __init__(self, loader: Loader, bare: Connection, block_steps: int, where: torch.device) -> None:
         self.loop: list[tuple[float, float]] = []
         self.bare: list[tuple[float, float]] = []
         self._loader = loader
         self._connection = bare
         self._block_steps = block_steps
+        self._device = where
 
     def steps(self, start_step: int) -> Iterator[StepBatch]:
         """The loader's steps."""
@@ -89,6 +97,7 @@ class Pacer:
             begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
             for _ in range(self._block_steps):
                 yield next(batches)
+            wait_for(self._device)
             self.loop.append((time.perf_counter() - begin_s, time.process_time() - begin_cpu_s))
 
     def close(self) -> None:
@@ -101,8 +110,10 @@ def _run(config: RunConfig, run_folder: Path, ranks: World, block_steps: int) ->
     session = open_session(config, run_folder, ranks, agreed)
     vocab_size = agreed.tokenizer.vocab_size
     steps = _steps(session.loader, block_steps)
-    with bare_loop(config.model, config.optim, vocab_size=vocab_size, steps=steps) as bare:
-        pacer = Pacer(session.loader, bare, block_steps)
+    where = device.pick(config.train.device, ranks.local_rank)
+    bare = Bare(config.model, config.optim, vocab_size, config.train.precision, where)
+    with bare_loop(bare, steps) as connection:
+        pacer = Pacer(session.loader, connection, block_steps, where)
         train(replace(session, loader=cast(Loader, pacer)))
     return pacer
 

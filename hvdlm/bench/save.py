@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--saves", type=int, default=5, help="checkpoints to time (default: 5)")
     parser.add_argument("--every", type=int, default=6, help="steps from one to the next (default: 6)")
     parser.add_argument("--batch", type=int, default=4, help="sequences of 512 tokens a step (default: 4)")
+    parser.add_argument(
+        "--precision", default="fp32", choices=["fp32", "bf16"], help="to compute in (default: fp32)"
+    )
     parser.add_argument("--layers", type=int, default=14, help="blocks of 7 M parameters (default: 14)")
     parser.add_argument("--folder", default="", help="file system to write to (default: that of $TMPDIR)")
 
@@ -63,7 +66,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ):
         flags = ["--train.steps", str(steps), "--checkpoint.every", str(args.every), "--train.out", folder]
         flags += ["--train.global_batch", str(args.batch), "--train.micro_batch", str(args.batch)]
-        flags += [*_MODEL, "--model.layers", str(args.layers), *_QUIET]
+        flags += [*_MODEL, "--model.layers", str(args.layers), "--train.precision", args.precision, *_QUIET]
         config, _ = load_config(flags, prog="bench save")
         for data_folder in config.data.weights:
             demo.prepare(Path(data_folder))

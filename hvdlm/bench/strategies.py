@@ -6,6 +6,7 @@ import copy
 import math
 import statistics
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,15 +14,35 @@ from torch import nn
 
 from hvdlm.comm import device
 from hvdlm.comm.launch import Launch
+from hvdlm.comm.torch_group import close_group
 from hvdlm.comm.world import World
 from hvdlm.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, UserError, check
 from hvdlm.data.loader import Slot, StepBatch
 from hvdlm.models import MODELS
+from hvdlm.models.compilation import compile_blocks_
 from hvdlm.parallel import STRATEGIES, StepPlan, Strategy, Wish
 
 NO_COMMUNICATION = "none"
-MODEL = ModelConfig(layers=6, width=384, heads=6)
-VOCAB, SEQ_LEN = 4096, 256
+VOCAB = 4096
+
+
+SMALL = ModelConfig(layers=6, width=384, heads=6)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank does in a step: micro-batches of sequences for a model, computed in `precision`."""
+
+    slots: int
+    micro_batch: int
+    seq_len: int = 256
+    model: ModelConfig = SMALL
+    precision: str = "fp32"
+
+    @property
+    def tokens(self) -> int:
+        """In all of them."""
+        return self.slots * self.micro_batch * self.seq_len
 
 
 def variants(wires: list[str]) -> list[tuple[str, str]]:
@@ -40,18 +61,17 @@ def _is_possible(name: str, wire: str) -> bool:
 
 
 def measure(
-    ranks: World, *, blocks: int, micro_batch: int, slots: int, wires: list[str], parallel: ParallelConfig
+    ranks: World, *, blocks: int, wires: list[str], parallel: ParallelConfig, work: Work
 ) -> dict[str, Any]:
-    """Time steps of a small language model; every rank computes as much whatever their number.
+    """Time steps of a language model; every rank computes as much whatever their number.
 
     Args:
         ranks: all take part.
         blocks: steps of each variant that are timed; one more warms it up, and two of DDP, which lays
             out its buckets anew after its first.
-        micro_batch: sequences a micro-slot.
-        slots: micro-slots a rank and step.
         wires: precisions on the wire.
         parallel: bucket and fusion sizes.
+        work: a step of each rank.
 
     Returns:
         Of each variant the median `ms` of a step (the slowest rank's), `tokens_per_s` over all ranks and
@@ -61,23 +81,26 @@ def measure(
     Collective: yes.
     """
     here = device.pick("auto", ranks.local_rank)
+    device.require_reductions(ranks, here)
     torch.manual_seed(0)
-    model = MODELS[MODEL.kind](MODEL, VOCAB).to(here)
+    model = MODELS[work.model.kind](work.model, VOCAB).to(here)
     kinds = variants(wires)
-    built = {kind: _build(kind, copy.deepcopy(model), ranks, parallel, slots) for kind in kinds}
+    built = {kind: _build(kind, copy.deepcopy(model), ranks, parallel, work) for kind in kinds}
     seconds: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
     for block in range(blocks + 2):
-        batch = _batch(block + 1, ranks, micro_batch=micro_batch, slots=slots)
+        batch = _batch(block + 1, ranks, work)
         for kind, strategy in built.items():
             ranks.barrier(name="bench.begin")
             own = _time_step(strategy, batch, here)
             seconds[kind].append(max(ranks.gather_json(own, name="bench.seconds")))
-    tokens = ranks.size * slots * micro_batch * SEQ_LEN
+    close_group()
+    tokens = ranks.size * work.tokens
     none = seconds[NO_COMMUNICATION, "none"][2:]
     return {
         "ranks": ranks.size,
         "launch": ranks.kind,
         "device": here.type,
+        "precision": work.precision,
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens_a_rank": tokens // ranks.size,
         "threads": torch.get_num_threads(),
@@ -92,7 +115,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['parameters'] / 1e6:.1f} M parameters, {result['tokens_a_rank']} tokens a rank and step, "
         f"{result['ranks']} rank(s) ({result['launch']}), {result['threads']} thread(s) each, "
-        f"{result['device']}, torch {result['torch']}",
+        f"{result['device']}, {result['precision']}, torch {result['torch']}",
         f"{'strategy':<12}{'wire':<6}{'ms a step':>10}{'tokens/s':>11}{'x none':>8}  quartiles",
     ]
     for row in result["rows"]:
@@ -105,8 +128,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _build(
-    kind: tuple[str, str], model: nn.Module, ranks: World, parallel: ParallelConfig, slots: int
+    kind: tuple[str, str],
+    model: nn.Module,
+    ranks: World,
+    parallel: ParallelConfig,
+    work: Work,
 ) -> Strategy:
+    if work.model.compile:
+        compile_blocks_(model)
     name, wire = kind
     world = World(Launch("single")) if name == NO_COMMUNICATION else ranks
     section = ParallelConfig(
@@ -114,19 +143,19 @@ def _build(
         bucket_mb=parallel.bucket_mb,
         fusion_mb=parallel.fusion_mb,
     )
-    plan = StepPlan(OptimConfig(), section, "fp32", slots)
+    plan = StepPlan(OptimConfig(), section, work.precision, work.slots)
     return STRATEGIES["buckets" if name == NO_COMMUNICATION else name](model, world, plan)
 
 
-def _batch(step: int, ranks: World, *, micro_batch: int, slots: int) -> StepBatch:
+def _batch(step: int, ranks: World, work: Work) -> StepBatch:
     """This rank's slots of random ids."""
     generator = torch.Generator().manual_seed(1000 * step + ranks.rank)
-    shape = (micro_batch, SEQ_LEN + 1)
-    ids = [torch.randint(0, VOCAB, shape, generator=generator) for _ in range(slots)]
-    first = ranks.rank * slots
+    shape = (work.micro_batch, work.seq_len + 1)
+    ids = [torch.randint(0, VOCAB, shape, generator=generator) for _ in range(work.slots)]
+    first = ranks.rank * work.slots
     own = [Slot(first + i, i, {"tokens": x[:, :-1], "labels": x[:, 1:]}) for i, x in enumerate(ids)]
-    samples = ranks.size * slots * micro_batch
-    return StepBatch(step, (step - 1) * samples, step * samples, samples * SEQ_LEN, own)
+    samples = ranks.size * work.slots * work.micro_batch
+    return StepBatch(step, (step - 1) * samples, step * samples, samples * work.seq_len, own)
 
 
 def _time_step(strategy: Strategy, batch: StepBatch, here: torch.device) -> float:

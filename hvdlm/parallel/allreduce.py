@@ -44,16 +44,15 @@ class AllReduce(Strategy):
     def step(
         self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish], loss_limit: float = math.inf
     ) -> StepStats:
-        own_loss = self._backward(batch)
-        loss, agreed = agree(self._world, own_loss, wish())
+        loss, agreed = agree(self._world, self._backward(batch), wish)
         self._optimizer.synchronize()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients))
+        reduced = nn.utils.get_total_norm(gradients)
         with self._optimizer.skip_synchronize():
-            norm, skipped = self._update.apply_(gradients, norm, lr, allowed=loss < loss_limit)
+            norm, skipped = self._update.apply_(gradients, reduced, lr, allowed=loss < loss_limit)
         # Plain: the wrapped optimizer's zero_grad takes no argument.
         self._optimizer.zero_grad()
-        return StepStats(loss, batch.label_count, norm, skipped, agreed)
+        return StepStats(float(loss), batch.label_count, norm, skipped, agreed)
 
     def pieces(self) -> Iterator[Piece]:
         return replicated.pieces(replicated.tensors(self._model, self._update), self._world)
@@ -64,8 +63,8 @@ class AllReduce(Strategy):
     def load(self, read: Read) -> None:
         replicated.load_(replicated.tensors(self._model, self._update), self._update, read)
 
-    def _backward(self, batch: StepBatch) -> float:
-        """This rank's part of the mean loss; its gradients are on their way when this returns."""
+    def _backward(self, batch: StepBatch) -> torch.Tensor:
+        """This rank's part of the mean loss, 0-d; its gradients are on their way when this returns."""
         self._model.train()
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for slot in batch.slots:
@@ -77,7 +76,7 @@ class AllReduce(Strategy):
         if not batch.slots:
             # An idle rank joins the grouped all-reduces with zeros, through the same hooks.
             torch.autograd.backward([(p * 0).sum() for p in self._parameters])
-        return float(total)
+        return total
 
 
 def _fusion_groups(parameters: list[nn.Parameter], limit_bytes: int) -> list[list[nn.Parameter]]:

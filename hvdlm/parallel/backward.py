@@ -37,7 +37,7 @@ class FlatBackward:
             for place in bucket.places:
                 place.parameter.register_post_accumulate_grad_hook(partial(self._count_down, index))
 
-    def run(self, batch: StepBatch, *, scale: float, done: Callable[[int], None]) -> float:
+    def run(self, batch: StepBatch, *, scale: float, done: Callable[[int], None]) -> torch.Tensor:
         """Add the gradients of the scaled mean loss to the buckets.
 
         Args:
@@ -46,7 +46,7 @@ class FlatBackward:
             done: called with a bucket's index once its gradients are complete, for each exactly once.
 
         Returns:
-            This rank's part of the mean loss.
+            This rank's part of the mean loss, 0-d; on a GPU it may still be computed.
         """
         self._model.train()
         device = self._buckets[0].values.device
@@ -63,7 +63,7 @@ class FlatBackward:
         for index, waiting in enumerate(self._waiting):
             if waiting:
                 done(index)
-        return float(total)
+        return total
 
     def _count_down(self, index: int, _: torch.Tensor) -> None:
         if self._done is None:

@@ -45,13 +45,13 @@ class Buckets(Strategy):
     ) -> StepStats:
         pending: list[wire.Pending] = []
         own_loss = self._backward.run(batch, scale=self._update.scale, done=partial(self._send, pending))
-        loss, agreed = agree(self._world, own_loss, wish())
+        loss, agreed = agree(self._world, own_loss, wish)
         wire.finish_sums(pending, wire=self._wire, world=self._world, name="buckets")
         gradients = [bucket.gradients for bucket in self._buckets]
-        norm = float(nn.utils.get_total_norm(gradients))
-        norm, skipped = self._update.apply_(gradients, norm, lr, allowed=loss < loss_limit)
+        reduced = nn.utils.get_total_norm(gradients)
+        norm, skipped = self._update.apply_(gradients, reduced, lr, allowed=loss < loss_limit)
         torch._foreach_zero_(gradients)
-        return StepStats(loss, batch.label_count, norm, skipped, agreed)
+        return StepStats(float(loss), batch.label_count, norm, skipped, agreed)
 
     def pieces(self) -> Iterator[Piece]:
         return replicated.pieces(self._state, self._world)

@@ -50,12 +50,12 @@ class Ddp(Strategy):
     def step(
         self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish], loss_limit: float = math.inf
     ) -> StepStats:
-        loss, agreed = agree(self._world, self._backward(batch), wish())
+        loss, agreed = agree(self._world, self._backward(batch), wish)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients))
-        norm, skipped = self._update.apply_(gradients, norm, lr, allowed=loss < loss_limit)
+        reduced = nn.utils.get_total_norm(gradients)
+        norm, skipped = self._update.apply_(gradients, reduced, lr, allowed=loss < loss_limit)
         torch._foreach_zero_(gradients)
-        return StepStats(loss, batch.label_count, norm, skipped, agreed)
+        return StepStats(float(loss), batch.label_count, norm, skipped, agreed)
 
     def pieces(self) -> Iterator[Piece]:
         return replicated.pieces(replicated.tensors(self._model, self._update), self._world)
@@ -63,8 +63,8 @@ class Ddp(Strategy):
     def load(self, read: Read) -> None:
         replicated.load_(replicated.tensors(self._model, self._update), self._update, read)
 
-    def _backward(self, batch: StepBatch) -> float:
-        """This rank's part of the mean loss; when this returns the gradients are summed."""
+    def _backward(self, batch: StepBatch) -> torch.Tensor:
+        """This rank's part of the mean loss, 0-d; when this returns the gradients are summed."""
         self._model.train()
         factor = self._world.size * self._update.scale
         total = torch.zeros((), dtype=torch.float64, device=self._device)
@@ -75,7 +75,7 @@ class Ddp(Strategy):
                 loss = self._losses(slot, batch.label_count, self._precision)
                 (loss * factor).backward()
             total += loss.detach()
-        return float(total)
+        return total
 
 
 @final

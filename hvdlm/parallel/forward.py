@@ -54,6 +54,9 @@ def evaluate(model: nn.Module, batch: Batch, *, precision: str) -> tuple[float, 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """A batch where the model is."""
+    if device.type == "cuda":
+        # From other memory a copy waits for everything that the GPU was given before.
+        batch = {name: values.pin_memory() for name, values in batch.items()}
     return {name: values.to(device, non_blocking=True) for name, values in batch.items()}
 
 

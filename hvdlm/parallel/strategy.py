@@ -87,18 +87,24 @@ class Piece:
     values: torch.Tensor
 
 
-def agree(world: World, loss: float, wish: Wish) -> tuple[float, Wish]:
+def agree(world: World, loss: torch.Tensor, wish: Callable[[], Wish]) -> tuple[torch.Tensor, Wish]:
     """The loss over all ranks, and what any of them wishes.
 
     Args:
         world: all ranks.
-        loss: this rank's part of the mean loss.
-        wish: this rank's.
+        loss: this rank's part of the mean loss, 0-d; on a GPU it may still be computed.
+        wish: gives this rank's; called when the loss is there, unless there are no others.
+
+    Returns:
+        The loss, 0-d; of one rank alone it is where it was, and the host has not waited for it.
 
     Collective: yes.
     """
-    sums = world.sum_(torch.tensor([loss, *wish], dtype=torch.float64), name="step.statistics")
-    return float(sums[0]), Wish(*(sums[1:] > 0).tolist())
+    if world.size == 1:
+        return loss, wish()
+    own_loss = float(loss)
+    sums = world.sum_(torch.tensor([own_loss, *wish()], dtype=torch.float64), name="step.statistics")
+    return sums[0], Wish(*(sums[1:] > 0).tolist())
 
 
 @dataclass(frozen=True)

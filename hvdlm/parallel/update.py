@@ -102,32 +102,54 @@ class Update:
             self._scale.copy_(read("optim.scale", (0,), (2,), (2,)))
 
     def apply_(
-        self, gradients: list[torch.Tensor], scaled_norm: float, lr: float, *, allowed: bool
+        self,
+        gradients: list[torch.Tensor],
+        scaled_norm: torch.Tensor | float,
+        lr: float,
+        *,
+        allowed: torch.Tensor | bool,
     ) -> tuple[float, bool]:
         """Cut the gradients to the clipping norm and step, or skip.
 
         Args:
             gradients: of the scaled loss, summed over all ranks; changed in place.
-            scaled_norm: their norm over all ranks.
+            scaled_norm: their norm over all ranks; where it is a tensor on a GPU, the update is under way
+                before the host reads it.
             lr: learning rate.
             allowed: False skips.
 
         Returns:
             The norm of the gradient of the loss before clipping, and whether the step was skipped.
         """
-        norm = scaled_norm / self.scale
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        on_gpu = isinstance(scaled_norm, torch.Tensor) and scaled_norm.is_cuda
+        if on_gpu:
+            self._step_unread_(torch.as_tensor(scaled_norm), allowed)
+        norm = float(scaled_norm) / self.scale
         finite = math.isfinite(norm)
-        applied = finite and allowed
-        if applied:
+        applied = finite and bool(allowed)
+        if applied and not on_gpu:
             factor = min(1.0, self._clip / (norm + 1e-6)) if self._clip else 1.0
             if factor != 1 or self.scale != 1:
                 torch._foreach_mul_(gradients, factor / self.scale)
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
             self._optimizer.step()
         if self._scale is not None:
             _adapt_(self._scale, finite)
         return norm, not applied
+
+    def _step_unread_(self, scaled_norm: torch.Tensor, allowed: torch.Tensor | bool) -> None:
+        """Cut, and step or skip, all on the device: else it would stand still while the host decides.
+
+        torch's fused optimizers divide the gradients by `grad_scale` as they read them, and change
+        nothing, their step counts included, where `found_inf` is 1.
+        """
+        divisor = torch.full_like(scaled_norm, self.scale)
+        if self._clip:
+            divisor *= ((scaled_norm / self.scale + 1e-6) / self._clip).clamp(min=1.0)
+        applied = torch.isfinite(scaled_norm) & torch.as_tensor(allowed, device=scaled_norm.device)
+        self._optimizer.grad_scale, self._optimizer.found_inf = divisor, (~applied).float()  # type: ignore[attr-defined]
+        self._optimizer.step()
 
 
 def _adapt_(scale: torch.Tensor, finite: bool) -> None:

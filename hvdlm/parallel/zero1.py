@@ -45,10 +45,12 @@ class Zero1(Strategy):
         self, batch: StepBatch, lr: float, *, wish: Callable[[], Wish], loss_limit: float = math.inf
     ) -> StepStats:
         pending: dict[int, wire.Pending] = {}
-        own_loss = self._backward.run(batch, scale=self._update.scale, done=partial(self._send, pending))
-        wishes = wish()
+        run = self._backward.run(batch, scale=self._update.scale, done=partial(self._send, pending))
+        # Read before the wish, which stops the clock of this rank's own work.
+        own_loss, wishes = float(run), wish()
         gradients = self._own_gradients(pending)
-        squares = sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradients)
+        norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients])
+        squares = float(norms.square().sum())
         sums = torch.tensor([own_loss, squares, *wishes], dtype=torch.float64)
         loss, squares, *flags = self._world.sum_(sums, name="step.statistics").tolist()
         norm, skipped = self._update.apply_(gradients, math.sqrt(squares), lr, allowed=loss < loss_limit)

@@ -43,6 +43,7 @@ class Metrics:
         tokens_per_step: tokens of a global batch.
         flops_per_token: forward and backward, for the share of the peak (MFU).
         world_size: processes, each with one device.
+        device: this rank's, the same kind on all.
 
     Attributes:
         last_step: the newest training step in the file when it was opened; 0 = none.
@@ -57,6 +58,7 @@ class Metrics:
         tokens_per_step: int,
         flops_per_token: int,
         world_size: int,
+        device: torch.device,
     ) -> None:
         end_last_line(run_folder / METRICS_FILE)
         self.last_step = _last_step(run_folder / METRICS_FILE)
@@ -65,7 +67,8 @@ class Metrics:
         self._steps = steps
         self._tokens_per_step = tokens_per_step
         self._flops_per_token = flops_per_token
-        self._peak_flops = _peak_flops() * world_size
+        self._device = device
+        self._peak_flops = _peak_flops(device) * world_size
         self._since = time.perf_counter()
         self._steps_since = 0
         self._board: Any = None
@@ -106,6 +109,8 @@ class Metrics:
             "tokens_per_s": round(tokens_per_s, 1),
             "attempt": self._attempt,
         }
+        if self._peak_flops:
+            row["mfu"] = round(self._mfu(tokens_per_s), 4)
         if stats.skipped:
             row |= {"skipped": True} | ({"spike": True} if is_spike(stats) else {})
         self._write(row | more)
@@ -164,11 +169,15 @@ class Metrics:
             f"{tokens_per_s:,.0f} tokens/s",
         ]
         if self._peak_flops:
-            parts.append(f"MFU {tokens_per_s * self._flops_per_token / self._peak_flops:.1%}")
-        parts.append(f"{_memory_gib():.1f} GiB")
+            parts.append(f"MFU {self._mfu(tokens_per_s):.1%}")
+        parts.append(f"{_memory_gib(self._device):.1f} GiB")
         parts.append(f"ETA {_duration((self._steps - step) * self._tokens_per_step / tokens_per_s)}")
         why = "loss spike" if is_spike(stats) else "gradient not finite"
         return "  ".join(parts) + (f"  SKIPPED: {why}" if stats.skipped else "")
+
+    def _mfu(self, tokens_per_s: float) -> float:
+        """Of the devices' peak, the share that the model's own operations take."""
+        return tokens_per_s * self._flops_per_token / self._peak_flops
 
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -185,17 +194,17 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _peak_flops() -> float:
-    if not torch.cuda.is_available():
+def _peak_flops(device: torch.device) -> float:
+    if device.type != "cuda":
         return 0.0
-    name = torch.cuda.get_device_name()
+    name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in _PEAK_FLOPS.items() if key in name), 0.0)
 
 
-def _memory_gib() -> float:
-    """Peak memory of this rank: the GPU's where there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+def _memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank: the GPU's where it computes on one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

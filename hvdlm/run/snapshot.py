@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 import struct
+import weakref
 from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
@@ -43,8 +44,8 @@ class Snapshot:
     """Copies of this rank's pieces, and the safetensors file that holds them.
 
     The memory is kept from save to save: fresh pages cost as much as the copy. With pieces on a GPU
-    it is pinned. A large file is laid out in whole pages, so that its memory can go to the disk past
-    the kernel's cache of files.
+    it is pinned, for as long as the snapshot lives. A large file is laid out in whole pages, so that its
+    memory can go to the disk past the kernel's cache of files.
 
     Source: github.com/huggingface/safetensors, "Format": eight bytes of length, little-endian, a header
     in JSON, and the tensors' bytes without a gap.
@@ -64,6 +65,7 @@ class Snapshot:
         self.records: list[dict[str, Any]] = []
         self.file_bytes = 0
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._unpin: Callable[[], object] = bool
 
     def take(self, pieces: Iterable[Piece]) -> None:
         """Copy the pieces, whatever happens to them later.
@@ -84,7 +86,10 @@ class Snapshot:
         on_gpu = any(piece.values.is_cuda for piece in ordered)
         memory_bytes = -(-self.file_bytes // align) * align
         if self._memory.numel() != memory_bytes or self._memory.is_pinned() != on_gpu:
-            self._memory = _pages(memory_bytes, pinned=on_gpu)
+            self._unpin()
+            self._memory = _pages(memory_bytes)
+            if on_gpu:
+                self._unpin = _pin(self._memory, owner=self)
         self._memory[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         values = self._memory[len(header) :]
         for piece, end in zip(ordered, ends, strict=True):
@@ -189,13 +194,33 @@ def _set_direct(fd: int, flag: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETFL, flag)
 
 
-def _pages(size_bytes: int, *, pinned: bool) -> torch.Tensor:
+def _pages(size_bytes: int) -> torch.Tensor:
     """Memory that begins with a page, uint8 [size_bytes]."""
-    if pinned:
-        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
     if not size_bytes:
         return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8)
+
+
+def _pin(memory: torch.Tensor, *, owner: object) -> Callable[[], object]:
+    """Have a GPU copy into the memory by itself.
+
+    Not torch's `pin_memory`: it takes the next power of two, of a model's state up to twice as much.
+
+    Args:
+        memory: not yet pinned.
+        owner: without it the memory is pinned no longer.
+
+    Returns:
+        Ends it, before the memory goes.
+    """
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+    unpin = weakref.finalize(owner, _unpin, memory)
+    unpin.atexit = False
+    return unpin
+
+
+def _unpin(memory: torch.Tensor) -> None:
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
 
 
 def _header(pieces: list[Piece], keys: list[str], ends: list[int], *, align: int) -> bytes:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from hvdlm import __version__
+from hvdlm.comm.torch_group import close_group
 from hvdlm.config import EXIT_DONE, EXIT_REQUEUE, UserError
 from hvdlm.config.parse import keys
 from hvdlm.data.loader import StepBatch, evaluation_batches
@@ -208,5 +209,6 @@ def _finish(s: Session, step: int, exit_code: int, *, course: Course) -> int:
             exit_code=exit_code,
             reason=exit_record.PLATEAU if course.plateau.finished else exit_record.ALL_STEPS,
         )
+    close_group()
     s.close()
     return exit_code

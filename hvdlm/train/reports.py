@@ -33,6 +33,7 @@ def open_reports(
         tokens_per_step=config.train.global_batch * config.data.seq_len,
         flops_per_token=_flops_per_token(model, config.data.seq_len),
         world_size=ranks.size,
+        device=next(model.parameters()).device,
     )
     if config.log.tensorboard:
         metrics.open_board(run_folder / "tensorboard")

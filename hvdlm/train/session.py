@@ -248,7 +248,7 @@ def build_model(config: RunConfig, tokenizer: TokenizerInfo, ranks: World, *, re
         resumed: a checkpoint's weights replace the initial ones, so `model.init` is not needed.
 
     Raises:
-        AgreedError: `model.init` is no Llama model of this shape.
+        AgreedError: `model.init` is no Llama model of this shape, or Horovod cannot sum over these GPUs.
         UserError: there is no such device, or no compiler for `model.compile`.
 
     Collective: yes.
@@ -258,7 +258,9 @@ def build_model(config: RunConfig, tokenizer: TokenizerInfo, ranks: World, *, re
     if config.model.init != "random" and not resumed:
         # On rank 0 alone: the strategy broadcasts its weights.
         ranks.on_root(lambda: load_hf_(model, Path(config.model.init)), name="session.init")
-    model = model.to(device.pick(config.train.device, ranks.local_rank))
+    where = device.pick(config.train.device, ranks.local_rank)
+    device.require_reductions(ranks, where)
+    model = model.to(where)
     if config.model.compile:
         compile_blocks_(model)
     return model

@@ -16,6 +16,8 @@ from hvdlm.models.transformer import Transformer
 
 N, V, D = 33, 24, 4
 """Chunks of 8 rows do not divide N."""
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
 
 
 @pytest.fixture
@@ -58,10 +60,11 @@ def test_gradients_are_those_of_finite_differences(small_chunks: None, fixed: in
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels), (hidden, weight))
 
 
-def test_bf16_sums_the_gradient_of_the_weight_in_fp32(small_chunks: None) -> None:
-    hidden, weight, labels = inputs()
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_sums_the_gradient_of_the_weight_in_fp32(small_chunks: None, device: str) -> None:
+    hidden, weight, labels = (x.detach().to(device).requires_grad_(x.requires_grad) for x in inputs())
     exact = torch.autograd.grad(plain(hidden, weight, labels), (hidden, weight))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         found, rough = linear_cross_entropy(hidden, weight, labels), plain(hidden, weight, labels)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, rough, rtol=1e-6, atol=0)
@@ -76,7 +79,7 @@ def test_bf16_sums_the_gradient_of_the_weight_in_fp32(small_chunks: None) -> Non
 
 
 def test_evaluation_computes_no_gradient(small_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(cross_entropy, "_logits_gradient_")
+    monkeypatch.delattr(cross_entropy, "_logits_gradient")
     hidden, weight, labels = inputs()
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:

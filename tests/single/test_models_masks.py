@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from hvdlm.config import ModelConfig
 from hvdlm.models import masks
+from hvdlm.models.compilation import compile_blocks_
 from hvdlm.models.layers import attend
 from hvdlm.models.transformer import Transformer
 
@@ -102,3 +103,40 @@ def test_every_batch_has_its_own_mask_and_one_compilation(monkeypatch: pytest.Mo
 @IGNORE_TORCH_OF_ITSELF
 def test_what_is_compiled_is_kept() -> None:
     assert masks.compiled(masks.flex_attention) is masks.compiled(masks.flex_attention)
+
+
+@IGNORE_TORCH_OF_ITSELF
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_learns_from_documents_what_the_dense_mask_teaches(
+    monkeypatch: pytest.MonkeyPatch, precision: torch.dtype, compiled: bool
+) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(layers=2, width=128, heads=4, kv_heads=2)
+    tokens, positions = torch.randint(64, (2, T)).cuda(), packed_positions(2, seed=2).cuda()
+    model = Transformer(config, 64).cuda()
+    found = []
+    for is_dense in (False, True):
+        if is_dense:
+            mask = masks.document_mask(positions.cpu(), head_size=32)
+            assert isinstance(mask, torch.Tensor)
+            on_gpu = mask.cuda()
+            monkeypatch.setattr(
+                "hvdlm.models.transformer.document_mask", lambda *_, on_gpu=on_gpu, **__: on_gpu
+            )
+        elif compiled:
+            compile_blocks_(model)
+        with torch.autocast("cuda", precision, enabled=precision != torch.float32):
+            loss = model.loss(tokens, tokens, positions)[0] / tokens.numel()
+        loss.backward()
+        found.append((loss.detach(), [p.grad for p in model.parameters()]))
+        model.zero_grad()
+    (loss, gradients), (dense_loss, dense_gradients) = found
+    tolerance = 1e-4 if precision == torch.float32 else 3e-2
+    torch.testing.assert_close(loss, dense_loss, rtol=tolerance, atol=0)
+    for mine, theirs in zip(gradients, dense_gradients, strict=True):
+        assert mine is not None and theirs is not None
+        assert (mine - theirs).norm() < 5 * tolerance * theirs.norm()

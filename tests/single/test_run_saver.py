@@ -300,3 +300,19 @@ def test_what_a_kill_left_is_deleted_by_the_next_save(tmp_path: Path) -> None:
     saver.begin([piece("model.x", torch.ones(2))], state(4))
     saver.finish()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-00000004"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_copies_into_pinned_memory_of_the_right_size(tmp_path: Path) -> None:
+    snapshot = Snapshot("rank-00000.safetensors")
+    for elements in (2**25 + 5, 2**25 + 5, 1000):
+        values = torch.randn(elements, device="cuda")
+        snapshot.take([piece("x", values)])
+        assert snapshot._memory.is_pinned()
+        assert snapshot._memory.numel() < 4 * elements + 2**13
+        (tmp_path / snapshot.file).unlink(missing_ok=True)
+        snapshot.write(tmp_path)
+        assert torch.equal(load_file(tmp_path / snapshot.file)["x"], values.cpu())
+    memory = snapshot._memory
+    del snapshot
+    assert not memory.is_pinned()
