@@ -28,10 +28,11 @@ lint: install  ## formatting, style, import layers, types
 	@$(IN_ENV) lint-imports
 	@$(IN_ENV) mypy
 
-test: lint  ## lint and every test of a few seconds
-	@$(IN_ENV) python -m pytest -m "not long"
+test: lint  ## lint and every test of a few seconds; those of one process on several cores at a time
+	@$(IN_ENV) python -m pytest -m "not long" --numprocesses=logical --maxprocesses=8 tests/single
+	@$(IN_ENV) python -m pytest -m "not long" --durations=25 tests/parallel tests/cluster
 
-test-long: install  ## the tests that take long: faults by the dozen on a real Slurm, about an hour
+test-long: install  ## the tests that take long: faults by the dozen on a real Slurm, about an hour and a half
 	@$(IN_ENV) python -m pytest -m long
 
 clean:  ## remove the environment, caches and what the commands wrote to data/ by default

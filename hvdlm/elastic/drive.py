@@ -8,16 +8,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from hvdlm.cluster.elastic.driver import Driver
 from hvdlm.cluster.elastic.hosts import Hosts, own_nodes
 from hvdlm.cluster.elastic.members import Policy
 from hvdlm.cluster.job import job_end
 from hvdlm.comm.store import own_address
-from hvdlm.config import RunConfig
+from hvdlm.config import RunConfig, UserError
 from hvdlm.config.parse import DEFAULT_RECIPE, folder_of, load_config
 from hvdlm.corpus import demo
 from hvdlm.elastic.slots import slots_of_host
+from hvdlm.run import jobs
 from hvdlm.run.folder import make_folder
 from hvdlm.run.lease import Lease
 from hvdlm.run.stop import deadline
@@ -44,7 +46,7 @@ def drive(args: argparse.Namespace, train_args: list[str]) -> int:
     run_folder = folder_of(config, recipe)
     make_folder(run_folder)
     nodes, slots = own_nodes(os.environ), slots_of_host(args.slots, os.environ)
-    lease = Lease(run_folder)
+    lease = _take(run_folder)
     policy = Policy(min_workers=args.min_workers, first_workers=slots * max(1, len(nodes)))
     driver = Driver(
         run_folder,
@@ -66,6 +68,15 @@ def drive(args: argparse.Namespace, train_args: list[str]) -> int:
         hosts.close(limit_s=limit_s)
         driver.close()
         lease.release()
+
+
+def _take(run_folder: Path) -> Lease:
+    """The run folder for this driver; a refusal is noted for the Slurm job."""
+    try:
+        return Lease(run_folder)
+    except UserError as error:
+        jobs.note_refusal(run_folder, os.environ, exit_code=error.exit_code, error=str(error))
+        raise
 
 
 def _listen(hosts: Hosts) -> None:

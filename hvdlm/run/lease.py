@@ -144,6 +144,11 @@ def check(run_folder: Path, token: str) -> None:
         )
 
 
+def holding_job(run_folder: Path) -> str:
+    """The Slurm job that has a run folder, or had it when it died; '' where none has."""
+    return str(_read(run_folder / FILE_NAME).get("job", ""))
+
+
 def _wait_for_end(path: Path) -> None:
     """Return once nobody holds the folder, having taken a dead holder's file away."""
     give_up, seen, seen_at = time.monotonic() + _WAIT_S, _read(path), time.monotonic()

@@ -100,7 +100,9 @@ def _of_record(record: dict[str, Any], steps: int) -> End:
 
 def _of_jobs(rows: list[dict[str, Any]]) -> End:
     """What ended before a start began: train refused, or the ranks could not be started."""
-    ends = [row for row in rows if row["event"] in (jobs.REFUSED, jobs.ENDED)]
+    # A job that found another at work says nothing of how the run ends.
+    held = {row["job"] for row in rows if row.get("held_by")}
+    ends = [r for r in rows if r["event"] in (jobs.REFUSED, jobs.ENDED) and r["job"] not in held]
     if not ends:
         return End("nothing")
     last, unix = ends[-1], float(ends[-1]["time_unix"])

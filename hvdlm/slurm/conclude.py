@@ -9,12 +9,14 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-from hvdlm.cluster.queue import own_job
+from hvdlm.cluster.queue import own_job, queued
 from hvdlm.config import EXIT_CRASH, EXIT_DONE, total_steps
 from hvdlm.config.parse import folder_of, load_config
 from hvdlm.run import exit_record, jobs
+from hvdlm.run.lease import holding_job
 from hvdlm.run.retry import what_forbids
 
 AGAIN = "again"
@@ -41,14 +43,27 @@ def run(args: argparse.Namespace) -> int:
     record = exit_record.read(folder)
     began = record.get("time_unix", 0.0) != begun.get("exit_record_unix", 0.0)
     code, why = _outcome(record if began else None, refusal, args.launcher_code)
+    held_by = _job_at_work(folder, own=number) if refusal and code == EXIT_CRASH else ""
+    if held_by:
+        why = f"job {held_by} is at it; this one is not queued again"
     print(f"hvdlm slurm: {folder}: {why}: exit code {code}", file=sys.stderr, flush=True)
     if number:
-        jobs.note(folder, number, jobs.ENDED, exit_code=code, began=began)
+        jobs.note(folder, number, jobs.ENDED, exit_code=code, began=began, held_by=held_by)
         submitted_unix = own_job(os.environ).submitted_unix or time.time()
         forbids = what_forbids(folder, steps=total_steps(config), submitted_unix=submitted_unix)
-        if code != EXIT_DONE and not forbids:
+        if code != EXIT_DONE and not forbids and not held_by:
             print(AGAIN, flush=True)
     return code
+
+
+def _job_at_work(folder: Path, *, own: str) -> str:
+    """Another job that trains this run, by its lease and by Slurm: then somebody handed the run in twice.
+
+    A holder that Slurm does not have any more leaves the folder soon: that is waited for by trying again.
+    """
+    holder = holding_job(folder)
+    others = queued(numbers=(holder,)) if holder and holder != own else []
+    return next((job.number for job in others or [] if job.number == holder and job.state == "RUNNING"), "")
 
 
 def _outcome(

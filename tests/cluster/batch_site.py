@@ -15,6 +15,7 @@ from tests import helpers
 from tests.cluster import jobs
 
 SCRIPT = jobs.ROOT / "slurm" / "train_64gpu.sh"
+_IN_RANKS = Path(__file__).parent / "in_ranks"
 _SITE = """\
 HVDLM_SBATCH="--nodes=2 --ntasks-per-node=1 --cpus-per-task=2 --gpus-per-node=0 --signal=USR2@60 --time=10"
 HVDLM_MPI={mpi}
@@ -29,6 +30,13 @@ def write_site(folder: Path, mpi: str) -> Path:
     path = folder / "test.env"
     path.write_text(_SITE.format(mpi=mpi))
     return path
+
+
+def pace(site: Path, step_s: float, **more: object) -> None:
+    """Steps take at least so long; what else `in_ranks/sitecustomize.py` is to do."""
+    ours = {"PYTHONPATH": f"{_IN_RANKS}:{jobs.ROOT}", "HVDLM_TEST_STEP_S": step_s, **more}
+    with site.open("a") as file:
+        file.writelines(f"{name}={value}\n" for name, value in ours.items())
 
 
 def environment(site: Path) -> dict[str, str]:
@@ -51,9 +59,14 @@ def submit(site: Path, train: list[str], *options: str) -> list[str]:
 
 
 def sbatch(site: Path, train: list[str], *options: str) -> str:
-    """Hand in one job by sbatch alone; its number."""
+    """Hand in one job of train_64gpu.sh by sbatch alone; its number."""
+    return hand_in(SCRIPT, site, train[train.index("hvdlm.train") + 1 :], *options)
+
+
+def hand_in(script: Path, site: Path, arguments: list[str], *options: str) -> str:
+    """Hand in a job of a script by sbatch alone; its number."""
     read = f'set -a; . {site}; exec sbatch --parsable $HVDLM_SBATCH "$@"'
-    arguments = [*options, str(SCRIPT), *train[train.index("hvdlm.train") + 1 :]]
+    arguments = [*options, str(script), *arguments]
     env = {**os.environ, **environment(site)}
     command = ["bash", "-c", read, "bash", *arguments]
     done = subprocess.run(command, cwd=site.parent, env=env, check=True, capture_output=True, text=True)
@@ -65,15 +78,21 @@ def log(site: Path, job: str) -> str:
     return "".join(path.read_text() for path in site.parent.glob(f"*-{job}.log"))
 
 
-def rank(job: str, number: int) -> psutil.Process:
-    """A training process of a job."""
+def ranks(job: str) -> dict[int, psutil.Process]:
+    """The training processes of a job."""
+    found = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             env = process.environ()
             own = env.get("OMPI_COMM_WORLD_RANK", env.get("SLURM_PROCID"))
-            if env.get("SLURM_JOB_ID") == job and own == str(number) and "hvdlm.train" in process.cmdline():
-                return process
-    raise AssertionError(f"job {job} has no rank {number}")
+            if env.get("SLURM_JOB_ID") == job and own and "hvdlm.train" in process.cmdline():
+                found[int(own)] = process
+    return found
+
+
+def rank(job: str, number: int) -> psutil.Process:
+    """A training process of a job."""
+    return ranks(job)[number]
 
 
 def rows(run_folder: Path, event: str) -> list[dict[str, Any]]:

@@ -152,12 +152,16 @@ class Machine:
             first.kill()
         process.wait()
 
-    def heal(self) -> None:
-        """Every node is up again, in one piece, and idle."""
+    def repair(self) -> None:
+        """Every node is plugged in and started again."""
         for node in NODES:
             self._link(node, "up")
             if node not in self._nodes or self._nodes[node].poll() is not None:
                 self.start(node)
+
+    def heal(self) -> None:
+        """Every node is up again, in one piece, and idle."""
+        self.repair()
         for node in self._with_state("drain"):
             subprocess.run(["scontrol", "update", f"nodename={node}", "state=undrain"], check=True)
         self.wait_for_idle()

@@ -69,7 +69,9 @@ def run_and_kill(
     return newest
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)]
+)
 def test_each_start_goes_on_from_the_newest_committed(ranks: int, tiny_data: Path, tmp_path: Path) -> None:
     run, choose = tmp_path / "run", random.Random(ranks)
     train = helpers.train_command(tiny_data, run, *ALWAYS_SAVING)

@@ -13,6 +13,7 @@ from tests.parallel.test_train_ranks import GOLDEN
 STARTS = [(3, "zero1"), (2, "buckets"), (1, "zero1"), (4, "ddp"), (2, "allreduce")]
 
 
+@pytest.mark.long
 def test_a_run_goes_on_under_other_strategies(tiny_data: Path, tmp_path: Path) -> None:
     run_folder = tmp_path / "run"
     for number, (ranks, strategy) in enumerate(STARTS, 1):

@@ -45,6 +45,7 @@ def test_the_data_set_verifies(home: Path) -> None:
     compile(inspected, "document 0", "exec")
 
 
+@pytest.mark.long
 def test_evaluate_gives_the_same_on_one_and_two_ranks(home: Path) -> None:
     one, two = (
         json.loads(hvdlm(home, "hvdlm.evaluate", launcher=launcher).strip().splitlines()[-1])

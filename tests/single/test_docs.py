@@ -43,7 +43,7 @@ LAUNCHER_OPTIONS = {
     "srun": {"--mpi=pmix"},
 }
 """What tests/parallel/ runs."""
-SBATCH_OPTIONS = {"--nodes", "--time", "--array", "--job-name"}
+SBATCH_OPTIONS = {"--nodes", "--time", "--array", "--job-name", "--partition"}
 RUN_ELSEWHERE = {
     "touch data/runs/demo/STOP": "tests/parallel/test_train_stop.py::stop_by_file",
     "touch data/runs/demo/SAVE": "tests/parallel/test_train_keep.py::test_a_file_saves_and_the_run_goes_on",
@@ -133,9 +133,10 @@ def without_sbatch(words: list[str]) -> list[str]:
     script = ROOT / words[place]
     assert {word.partition("=")[0] for word in words[1:place]} <= SBATCH_OPTIONS
     # Before and after it, hvdlm.slurm looks after the job.
-    found = re.search(r"python -m (hvdlm\.(?!slurm)\w+) .*\"\$@\"", script.read_text())
+    found = re.search(r"python -m (hvdlm\.(?!slurm)\w+) (.*)\"\$[@1]\"", script.read_text())
     assert found
-    return ["python", "-m", found[1], *words[place + 1 :]]
+    own = [word for word in found[2].split() if word == "--join"]
+    return ["python", "-m", found[1], *own, *words[place + 1 :]]
 
 
 def check_install(arguments: list[str]) -> None:

@@ -89,6 +89,17 @@ def test_three_jobs_without_a_start_are_enough(tmp_path: Path) -> None:
     assert answers(tmp_path) == (93, None)
 
 
+def test_jobs_that_found_another_at_work_are_not_counted(tmp_path: Path) -> None:
+    """Nor is the crash of a job before them forgotten for their sake."""
+    record(tmp_path, "failed", exit_code=2, error="a damaged shard", time_unix=ENDED_UNIX - 5)
+    for number in range(3):
+        fields = {"exit_code": 1, "began": False, "held_by": "1"}
+        row(tmp_path, jobs.REFUSED, unix=ENDED_UNIX - 2 + number, job=str(number), exit_code=1, error="held")
+        row(tmp_path, jobs.ENDED, unix=ENDED_UNIX - 2 + number, job=str(number), **fields)
+    assert last_end(tmp_path, steps=STEPS).why == "a damaged shard"
+    assert answers(tmp_path) == (2, None)
+
+
 def test_jobs_that_left_out_a_bad_node_are_not_counted(tmp_path: Path) -> None:
     for number in range(3):
         row(tmp_path, jobs.ENDED, unix=ENDED_UNIX, job=str(number), exit_code=75, began=False)

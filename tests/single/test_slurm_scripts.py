@@ -43,6 +43,27 @@ def test_the_header_is_that_of_64_gpus() -> None:
     assert "%j" in options["output"]
 
 
+def test_the_scripts_begin_alike() -> None:
+    """Site, environment, what Slurm knows: who has read one script knows the others."""
+    names = ("train_64gpu.sh", "train_elastic.sh", "donor.sh")
+    begins = {_beginning((SCRIPTS / name).read_text()).replace(name, "NAME") for name in names}
+    assert len(begins) == 1
+
+
+def _beginning(script: str) -> str:
+    """From the first line that does something to the folder for temporary files."""
+    end = 'on_every_node mkdir -p "$TMPDIR"\nfi\n'
+    return script[script.index("set -euo pipefail") : script.index(end)]
+
+
+def test_the_elastic_job_is_as_large_and_outlives_a_node() -> None:
+    """But for its name and that, its header is the other's."""
+    own, other = (batch_script.of_script(SCRIPTS / f"train_{kind}.sh") for kind in ("elastic", "64gpu"))
+    assert own.pop("no-kill") == ""
+    assert own.pop("job-name") != other.pop("job-name")
+    assert own == other
+
+
 def test_every_variable_of_a_site_is_explained_and_used() -> None:
     """In the site's README; those of ours also in a script."""
     readme = (SCRIPTS / "sites" / "README.md").read_text()

@@ -47,7 +47,7 @@ class Agent:
             wants_to_leave: asked in every round: why this host must go soon, or ''.
 
         Returns:
-            True where the driver let it go; False where it is gone, or there is none.
+            Whether there was a driver.
 
         Raises:
             OSError: of a worker that cannot be started.
@@ -59,20 +59,21 @@ class Agent:
             return False
         name, heard_s = f"{self._about['host']}-{secrets.token_hex(3)}", time.monotonic()
         exited: dict[str, int] = {}
+        answered = False
         while True:
             self.leaving = self.leaving or wants_to_leave()
             exited |= self._reap()
             message = {"from": "agent", "agent": name, **self._about}
             try:
                 answer = tell(told["place"], message | {"leaving": self.leaving, "exited": exited})
-                heard_s, exited = time.monotonic(), {}
+                heard_s, exited, answered = time.monotonic(), {}, True
                 if answer["end"]:
                     return True
                 self._run(answer["run"], told, name)
             except OSError:
                 # Workers without a driver save and leave by themselves.
                 if not self._workers and (time.monotonic() - heard_s > _SILENT_S or self._is_other(told)):
-                    return False
+                    return answered
             time.sleep(_BEAT_S)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
@@ -20,6 +21,8 @@ _FIRST_WAIT_S = 3.0
 _LONGEST_WAIT_S = 300.0
 _END_LIMIT_S = 15.0
 _LOOK_EVERY_S = 15.0
+# SLURM_ and SRUN_CPUS_PER_TASK: with one of them a step of one task has no more.
+_CPUS_PER_TASK = "_CPUS_PER_TASK"
 
 
 def own_nodes(env: Mapping[str, str]) -> list[str]:
@@ -64,9 +67,10 @@ class Hosts:
         self.stop_asked = ""
         self.draining: set[str] = set()
         self._looked_s = time.monotonic()
+        self._complained = False
         self._hosts = [_Host(node) for node in nodes or [""]]
         self._command = [sys.executable, "-m", "hvdlm.elastic", "--join", str(run_folder)]
-        self._command += ["--slots", str(slots), "--wait-s", "5"]
+        self._command += ["--slots", str(slots), "--wait-s", "0"]
 
     def ask_stop(self, reason: str) -> None:
         """For a signal handler."""
@@ -99,17 +103,24 @@ class Hosts:
                 process.wait()
 
     def _look(self) -> None:
-        states = "draining,drained,fail,failing,maint"
+        states = "draining,drained,fail,maint"
         command = ["sinfo", "--noheader", "--Node", f"--states={states}", "--format=%N"]
         outcome = run_bounded(command, limit_s=_ASK_LIMIT_S)
         if outcome.code == 0:
             self.draining = set(outcome.output.split())
+        elif not self._complained:
+            self._complained = True
+            line = f"hvdlm elastic: warning: not known which nodes are being drained: sinfo: {outcome.reason}"
+            print(line, file=sys.stderr, flush=True)
 
     def _start(self, node: str) -> subprocess.Popen[bytes]:
         # No PMI, and no end of the others where one fails. Without --overlap the step would wait for the
         # cores of the batch script's own.
         step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--mpi=none"]
         step += ["--no-kill", "--kill-on-bad-exit=0", "--unbuffered"]
+        # One task, whose workers share all that the job has of the node.
+        step += ["--mem=0", "--cpu-bind=none", "--gpu-bind=none"]
+        env = {name: value for name, value in os.environ.items() if not name.endswith(_CPUS_PER_TASK)}
         command = [*step, *self._command] if node else self._command
         # Signals of a terminal are for the driver, which tells the others.
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
