@@ -14,7 +14,8 @@ from tests.cluster import batch_site, faults, jobs
 from tests.cluster.batch_site import log, rows, sbatch, submit, write_site
 from tests.cluster.one_machine import Machine
 
-pytestmark = [pytest.mark.usefixtures("slurm"), pytest.mark.long]
+pytestmark = pytest.mark.usefixtures("slurm")
+LONG = pytest.mark.long
 
 EVERY = 10
 STEPS = 250
@@ -51,8 +52,8 @@ TOLD = {
 @pytest.mark.parametrize(
     ("how", "heard", "mpi"),
     [
-        ("scancel", "SIGTERM", "none"),
-        ("USR2", "SIGUSR2", "pmix"),
+        pytest.param("scancel", "SIGTERM", "none", marks=LONG),
+        pytest.param("USR2", "SIGUSR2", "pmix", marks=LONG),
         ("TERM", "SIGTERM", "mpirun"),
         ("preemption", "SIGTERM", "none"),
     ],
@@ -76,6 +77,7 @@ def test_a_successor_loses_no_step_of_a_job_that_was_told_to_end(
     faults.assert_undisturbed(run_folder, command, STEPS)
 
 
+@LONG
 def test_an_administrator_s_requeue_loses_no_step(tiny_data: Path, tmp_path: Path) -> None:
     """The same job starts again, before its successor."""
     site, run_folder = paced_site(tmp_path, "none"), tmp_path / "run"
@@ -92,6 +94,7 @@ def test_an_administrator_s_requeue_loses_no_step(tiny_data: Path, tmp_path: Pat
     faults.assert_undisturbed(run_folder, command, STEPS)
 
 
+@LONG
 def test_the_time_limit_s_signal(tiny_data: Path, tmp_path: Path) -> None:
     """The first job has a successor, the second queues itself again; Slurm tells up to a minute early."""
     site, run_folder = paced_site(tmp_path, "none"), tmp_path / "run"
@@ -112,6 +115,7 @@ def test_the_time_limit_s_signal(tiny_data: Path, tmp_path: Path) -> None:
     faults.assert_undisturbed(run_folder, command, helpers.exit_record(run_folder)["step"])
 
 
+@LONG
 def test_a_chain_of_five_to_the_end(tiny_data: Path, tmp_path: Path) -> None:
     site, run_folder = paced_site(tmp_path, "none"), tmp_path / "run"
     command = train(tiny_data, run_folder, *ALLREDUCE)
@@ -127,6 +131,7 @@ def test_a_chain_of_five_to_the_end(tiny_data: Path, tmp_path: Path) -> None:
     faults.assert_undisturbed(run_folder, command, STEPS)
 
 
+@LONG
 def test_one_node_then_three_then_two(tiny_data: Path, tmp_path: Path) -> None:
     """A run is on as many nodes as its job gets, and its losses do not tell, to the last bit."""
     site, run_folder = paced_site(tmp_path, "none"), tmp_path / "run"
@@ -145,6 +150,7 @@ def test_one_node_then_three_then_two(tiny_data: Path, tmp_path: Path) -> None:
     faults.assert_undisturbed(run_folder, command, STEPS)
 
 
+@LONG
 @pytest.mark.parametrize("which", ["first", "last"])
 def test_a_node_that_dies_in_the_middle_of_a_step(
     which: str, machine: Machine, tiny_data: Path, tmp_path: Path
@@ -166,6 +172,7 @@ def test_a_node_that_dies_in_the_middle_of_a_step(
     faults.assert_undisturbed(run_folder, command, 30)
 
 
+@LONG
 def test_a_node_that_dies_in_the_middle_of_a_save(machine: Machine, tiny_data: Path, tmp_path: Path) -> None:
     """What it had written is no checkpoint, and is cleared away; the one before is gone on from."""
     site, run_folder = write_site(tmp_path, "none"), tmp_path / "run"
@@ -189,6 +196,7 @@ def test_a_node_that_dies_in_the_middle_of_a_save(machine: Machine, tiny_data: P
     faults.assert_undisturbed(run_folder, command, 30)
 
 
+@LONG
 def test_two_submissions_of_one_run(tiny_data: Path, tmp_path: Path) -> None:
     """Under two names, so that Slurm starts both. The second is told whose the run is and ends for good; the
     first, which dies of something else afterwards, has its successor."""
@@ -210,6 +218,7 @@ def test_two_submissions_of_one_run(tiny_data: Path, tmp_path: Path) -> None:
     faults.assert_undisturbed(run_folder, command, helpers.exit_record(run_folder)["step"])
 
 
+@LONG
 @pytest.mark.parametrize("mpi", ["none", "pmix", "mpirun"])
 def test_a_rank_that_raises(mpi: str, tiny_data: Path, tmp_path: Path) -> None:
     """Its job ends within 15 s, and says whose fault it was; the successor goes on."""
