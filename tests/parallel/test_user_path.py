@@ -26,6 +26,14 @@ def hvdlm(home: Path, *words: str, launcher: tuple[str, ...] = ()) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def trained(home: Path) -> Path:
+    """The run of the first test, where that was selected; else one like it."""
+    if not (home / "data" / "runs" / "demo" / "exit.json").is_file():
+        hvdlm(home, "hvdlm.train", *SHORT)
+    return home
+
+
 def test_train_without_data_shards_the_demo_corpus_first(home: Path) -> None:
     output = hvdlm(home, "hvdlm.train", *SHORT, launcher=("horovodrun", "-np", "4"))
     assert (home / "data" / "demo" / "manifest.json").is_file()
@@ -46,15 +54,15 @@ def test_the_data_set_verifies(home: Path) -> None:
 
 
 @pytest.mark.long
-def test_evaluate_gives_the_same_on_one_and_two_ranks(home: Path) -> None:
+def test_evaluate_gives_the_same_on_one_and_two_ranks(trained: Path) -> None:
     one, two = (
-        json.loads(hvdlm(home, "hvdlm.evaluate", launcher=launcher).strip().splitlines()[-1])
+        json.loads(hvdlm(trained, "hvdlm.evaluate", launcher=launcher).strip().splitlines()[-1])
         for launcher in ((), tuple(helpers.mpirun(2)))
     )
     assert one["tokens"] == two["tokens"]
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
     assert one["perplexity"] == pytest.approx(math.exp(one["loss"]))
-    manifest = json.loads((home / "data" / "demo" / "manifest.json").read_text())
+    manifest = json.loads((trained / "data" / "demo" / "manifest.json").read_text())
     val = [shard for shard in manifest["shards"] if shard["split"] == "val"]
     assert one["tokens"] == sum(shard["tokens"] - 1 for shard in val)
     text_bytes = sum(shard["text_bytes"] for shard in val)

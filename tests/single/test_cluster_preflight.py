@@ -14,7 +14,8 @@ import pytest
 from hvdlm.cluster import exclude
 from hvdlm.cluster.preflight import compare, facts, folder
 from hvdlm.cluster.preflight.compare import Limits, NodeFinding
-from hvdlm.cluster.preflight.fabric import tournament
+from hvdlm.cluster.preflight.fabric import ANSWER, tournament
+from hvdlm.cluster.preflight.groups import answers
 from hvdlm.cluster.preflight.line import Answer
 from hvdlm.config import UserError
 
@@ -26,6 +27,14 @@ def named(found: list[NodeFinding]) -> list[str]:
 def test_most_nodes_are_believed_and_of_equally_many_the_first() -> None:
     assert compare.odd_ones_out({"a": 1, "b": 2, "c": 2}) == (2, ["a"])
     assert compare.odd_ones_out({"a": 1, "b": 2}) == (1, ["b"])
+
+
+@pytest.mark.parametrize("between", ["\n", "\r\n", "", " noise\nnoise "])
+def test_ranks_that_share_a_line_are_both_heard(between: str) -> None:
+    one, other = ({"node": node, "right": True} for node in "ab")
+    output = f"noise {ANSWER} {json.dumps(one)}{between}{ANSWER} {json.dumps(other)}\n\n"
+    assert answers(output) == {"a": one, "b": other}
+    assert answers(output[:-5]) == {"a": one}
 
 
 def test_two_nodes_of_one_host_name_are_both_named() -> None:

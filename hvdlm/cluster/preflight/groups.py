@@ -5,6 +5,7 @@ Pairs, and not halves of halves: all run at once, so two rounds do, however many
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -70,12 +71,7 @@ class Launcher:
 
 
 def _spoken(outcome: Outcome, nodes: Sequence[str]) -> Spoken:
-    ranks = {}
-    for line in outcome.output.splitlines():
-        _, found, text = line.partition(ANSWER)
-        if found:
-            said = json.loads(text)
-            ranks[said["node"]] = said
+    ranks = answers(outcome.output)
     silent = [node for node in nodes if node not in ranks]
     wrong = [node for node, said in ranks.items() if not said["right"]]
     if wrong:
@@ -83,6 +79,16 @@ def _spoken(outcome: Outcome, nodes: Sequence[str]) -> Spoken:
     if silent or outcome.code != 0:
         return Spoken(_cause(outcome), ranks)
     return Spoken("", ranks)
+
+
+def answers(output: str) -> dict[str, dict[str, Any]]:
+    """What the ranks said, by node: mpirun forwards in pieces, so that two ranks may share a line."""
+    decoder, ranks = json.JSONDecoder(), {}
+    for text in output.split(ANSWER)[1:]:
+        with contextlib.suppress(json.JSONDecodeError):
+            said, _ = decoder.raw_decode(text.lstrip())
+            ranks[said["node"]] = said
+    return ranks
 
 
 def _cause(outcome: Outcome) -> str:
