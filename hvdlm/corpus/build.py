@@ -26,7 +26,7 @@ from hvdlm.corpus import crew as crews
 from hvdlm.corpus import dedup, existing, hold, memory, stats
 from hvdlm.corpus.crew import Crew
 from hvdlm.corpus.encode import encode_task, refuse_write
-from hvdlm.corpus.install import install
+from hvdlm.corpus.install import LostError, install
 from hvdlm.corpus.job import TOKENIZER_NAME, Job, Tally
 from hvdlm.corpus.options import Options, Source, look_up, record
 from hvdlm.corpus.plan import Task, make_plan
@@ -247,8 +247,10 @@ def _tokenizer(options: Options, job: Job, opened: dict[str, Any], progress: Pro
 
 def _install(options: Options, work: Work, job: Job, opened: dict[str, Any]) -> dict[str, Any]:
     encoded = [work.result("encode", index) for index in range(opened["tasks"])]
+    left_out = stats.total([result["counts"] for result in encoded])
+    _refuse_bad(left_out["bad"], options)
     try:
-        _refuse_empty(stats.total([result["counts"] for result in encoded]), encoded, options)
+        _refuse_empty(left_out, encoded, options)
     except UserError:
         # The same command cannot do better: what is done helps nobody.
         for stage in _WORTH_KEEPING:
@@ -256,19 +258,29 @@ def _install(options: Options, work: Work, job: Job, opened: dict[str, Any]) -> 
         raise
     stages = {stage: [work.result(stage, index) for index in work.done(stage)] for stage in _TIMED}
     seconds = {stage: sum(one["seconds"] for one in results) for stage, results in stages.items() if results}
-    install(options.out, job, encoded, record=opened["record"], seconds=seconds)
+    try:
+        install(options.out, job, encoded, record=opened["record"], seconds=seconds)
+    except LostError as error:
+        if error.task is not None:
+            work.forget("encode", error.task)
+        raise
     return {}
+
+
+def _refuse_bad(bad: int, options: Options) -> None:
+    """Count over all tasks; their work is kept, for whoever allows for more."""
+    if bad > options.keep.max_errors:
+        raise UserError(
+            f"{bad} bad records, allowed are --max-errors {options.keep.max_errors}; they are listed in "
+            f"{options.out / existing.WORK_NAME}/rejects-*.jsonl; repair them and begin anew with --force, "
+            f"or go on with --max-errors {bad}"
+        )
 
 
 def _refuse_empty(left_out: dict[str, int], encoded: list[dict[str, Any]], options: Options) -> None:
     documents = {
         split: sum(result["splits"][split]["documents"] for result in encoded) for split in ("train", "val")
     }
-    if left_out["bad"] > options.keep.max_errors:
-        raise UserError(
-            f"{left_out['bad']} bad records, allowed are --max-errors {options.keep.max_errors}; they are "
-            f"listed in {options.out / existing.WORK_NAME}/rejects-*.jsonl; repair them or allow for more"
-        )
     if documents["train"] and documents["val"]:
         return
     found = f"train has {documents['train']} documents, val has {documents['val']}"

@@ -7,23 +7,38 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 
-from hvdlm.config import UserError
+from hvdlm.config import EXIT_CRASH, UserError
 from hvdlm.corpus import existing, stats
 from hvdlm.corpus.encode import rejects_path, val_stem
 from hvdlm.corpus.job import TOKENIZER_NAME, Job
-from hvdlm.corpus.piles import Pile
+from hvdlm.corpus.piles import Pile, is_whole
 from hvdlm.corpus.write import ShardWriter
 from hvdlm.data.entries import ShardEntry, parse_shard
 from hvdlm.data.files import publishing
 from hvdlm.data.manifest import Manifest, write_manifest
 
 REJECTS_NAME = "rejects.jsonl"
+
+
+@final
+class LostError(UserError):
+    """What a task wrote is not there any more, or not whole.
+
+    Attributes:
+        task: the one to do again; None = the merge of validation, which every start does again.
+    """
+
+    def __init__(self, path: Path, task: int | None) -> None:
+        message = f"{path}: was lost or cut short; run again: only what is missing is made"
+        super().__init__(message, EXIT_CRASH)
+        self.task = task
 
 
 def install(
@@ -47,14 +62,14 @@ def install(
         The manifest as readers will see it.
 
     Raises:
-        UserError: the disk is full, or a shard of the work is missing.
+        UserError: the disk is full; `LostError` where something of the work is missing.
     """
-    train = [
-        parse_shard(value, job.tokenizer_info, "result of a task")
-        for result in encoded
+    entries = [
+        (parse_shard(value, job.tokenizer_info, "result of a task"), index)
+        for index, result in enumerate(encoded)
         for value in result["train"]
     ]
-    entries = [*train, *merge_val(job, len(encoded))]
+    val = merge_val(job, [result["splits"]["val"] for result in encoded])
     per_task = [len(result["train"]) for result in encoded]
     if not existing.holds_rest_of(out, record):
         existing.remove_data_set(out)
@@ -63,35 +78,44 @@ def install(
     _join(out / REJECTS_NAME, [rejects_path(job, index) for index in range(len(encoded))])
     stats.write(out, encoded, seconds)
     existing.write_tasks(out, per_task)
-    numbered: list[ShardEntry] = []
-    for split in ("train", "val"):
-        for number, entry in enumerate(entry for entry in entries if entry.split == split):
-            numbered.append(_move(job.folder, out, entry, f"{split}-{number:05d}.h5"))
+    numbered = [
+        _move(job.folder, out, entry, f"train-{number:05d}.h5", task)
+        for number, (entry, task) in enumerate(entries)
+    ]
+    numbered += [_move(job.folder, out, entry, f"val-{i:05d}.h5", None) for i, entry in enumerate(val)]
     return write_manifest(out, numbered, tokenizer=job.tokenizer_info)
 
 
-def merge_val(job: Job, tasks: int) -> list[ShardEntry]:
+def merge_val(job: Job, summaries: Sequence[dict[str, Any]]) -> list[ShardEntry]:
     """Join the validation documents of all tasks, in the order of the plan, to shards in the job's folder.
 
+    Args:
+        job: common to all tasks.
+        summaries: what each task said of its validation documents.
+
     Raises:
-        UserError: the disk is full.
+        UserError: the disk is full; `LostError` where a task's documents are not what it said.
     """
+    dtype = job.tokenizer.dtype
+    for index, said in enumerate(summaries):
+        if not is_whole(val_stem(job, index), dtype, documents=said["documents"], tokens=said["tokens"]):
+            raise LostError(val_stem(job, index), index)
     writer = ShardWriter(
         job.folder / "val", "val", shard_tokens=job.shard_tokens, tokenizer=job.tokenizer_info
     )
-    for index in range(tasks):
-        with Pile(val_stem(job, index), job.tokenizer.dtype) as pile:
+    for index in range(len(summaries)):
+        with Pile(val_stem(job, index), dtype) as pile:
             writer.add(pile, np.arange(len(pile.lengths)))
     writer.flush()
     return writer.entries
 
 
-def _move(work: Path, out: Path, entry: ShardEntry, name: str) -> ShardEntry:
+def _move(work: Path, out: Path, entry: ShardEntry, name: str, task: int | None) -> ShardEntry:
     source, target = work / entry.name, out / name
-    if source.exists():
+    with suppress(FileNotFoundError):
         source.rename(target)
-    elif not target.exists() or target.stat().st_size != entry.file_bytes:
-        raise UserError(f"{source}: is missing; begin anew with --force")
+    if not target.exists() or target.stat().st_size != entry.file_bytes:
+        raise LostError(source, task)
     return replace(entry, name=name)
 
 

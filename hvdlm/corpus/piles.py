@@ -9,7 +9,7 @@ from typing import final
 
 import numpy as np
 
-from hvdlm.data.files import read_exactly
+from hvdlm.data.files import publishing, read_exactly
 
 _SUFFIXES = (".tokens", ".lengths", ".bytes")
 _FLUSH_TOKENS = 1 << 20
@@ -143,22 +143,29 @@ class Pile:
 
 
 def save_in_order(pile: Pile, order: np.ndarray, stem: Path, dtype: np.dtype) -> None:
-    """Write a pile anew in another order; it appears with its last file.
+    """Write a pile anew in another order, durably.
 
     Raises:
-        OSError: the disk is full.
+        UserError: the disk is full.
     """
-    temp = stem.with_name(f"{stem.name}.{os.getpid()}")
     with ExitStack() as stack:
-        tokens, lengths, sizes = (stack.enter_context(_beside(temp, s).open("wb")) for s in _SUFFIXES)
+        temps = [stack.enter_context(publishing(_beside(stem, s))) for s in _SUFFIXES]
+        tokens, lengths, sizes = (stack.enter_context(temp.open("xb")) for temp in temps)
         for chosen in np.array_split(order, max(1, -(-int(pile.lengths.sum()) // _FLUSH_TOKENS))):
             out = np.empty(int(pile.lengths[chosen].sum()), dtype)
             pile.copy(chosen, out)
             tokens.write(out.data)
         lengths.write(pile.lengths[order].data)
         sizes.write(pile.text_bytes[order].data)
-    for suffix in _SUFFIXES:
-        _beside(temp, suffix).rename(_beside(stem, suffix))
+
+
+def is_whole(stem: Path, dtype: np.dtype, *, documents: int, tokens: int) -> bool:
+    """Whether a pile's files have the sizes that so many documents take."""
+    try:
+        sizes = [_beside(stem, suffix).stat().st_size for suffix in _SUFFIXES]
+    except FileNotFoundError:
+        return False
+    return sizes == [tokens * dtype.itemsize, 4 * documents, 4 * documents]
 
 
 def remove(stem: Path) -> None:

@@ -93,7 +93,8 @@ def _make(folder: Path, work: Work, names: Collection[str], workers: int) -> dic
             entry = parse_shard(value, job.tokenizer_info, "result of a task")
             entries[f"train-{first + offset:05d}.h5"] = entry
     if any(name.startswith("val-") for name in names):
-        entries |= {f"val-{i:05d}.h5": entry for i, entry in enumerate(merge_val(job, len(tasks)))}
+        summaries = [work.result("encode", i)["splits"]["val"] for i in range(len(tasks))]
+        entries |= {f"val-{i:05d}.h5": entry for i, entry in enumerate(merge_val(job, summaries))}
     return entries
 
 

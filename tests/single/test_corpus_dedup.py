@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hvdlm.config import UserError, run_command
-from hvdlm.corpus import dedup, plan
+from hvdlm.corpus import dedup, existing, plan
 from hvdlm.corpus.documents import Rejects, kept_documents
 from hvdlm.corpus.job import Job, Keep, Tally
 from hvdlm.corpus.plan import make_plan
@@ -134,6 +134,10 @@ def test_bad_records_are_counted_over_all_tasks(
     arguments = [tmp_path / "a.jsonl", "--out", tmp_path / "out", "--tokenizer", "byte", "--workers", 1]
     assert run(*arguments, "--max-errors", 2) == 2
     assert "3 bad records, allowed are --max-errors 2" in capsys.readouterr().err
+    listed = [*(tmp_path / "out" / existing.WORK_NAME).glob("rejects-*.jsonl")]
+    assert sum(len(path.read_text().splitlines()) for path in listed) == 3
+    # What was done is not done again.
+    monkeypatch.setattr("hvdlm.corpus.build.encode_task", None)
     assert run(*arguments, "--max-errors", 3) == 0
 
 

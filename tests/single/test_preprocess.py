@@ -483,6 +483,32 @@ def test_a_run_that_was_killed_while_it_moved_its_files_goes_on(
     assert contents(out) == contents(tmp_path / "fresh")
 
 
+def test_what_a_broken_file_system_lost_is_made_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--tokenizer", "byte", "--workers", 1, "--shard-tokens", 20_000]
+    assert run(corpus, "--out", tmp_path / "fresh", *arguments) == 0
+    out, losses = tmp_path / "out", 0
+    work = out / existing.WORK_NAME
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(install, "_move", interrupt)
+        assert run(corpus, "--out", out, *arguments) == 130
+    val = next(path for path in sorted(work.glob("val-*.tokens")) if path.stat().st_size)
+    os.truncate(val, val.stat().st_size - 2)
+    val.with_suffix(".bytes").unlink()
+    shard = sorted(work.glob("train-*.h5"))[-1]
+    os.truncate(shard, 100)
+    while run(corpus, "--out", out, *arguments) == 1:
+        assert "was lost or cut short; run again: only what is missing" in capsys.readouterr().err
+        losses += 1
+    assert losses == 2
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
 def test_ctrl_c_stops_everything_at_once(large_corpus: Path, tmp_path: Path) -> None:
     process, workers = start(large_corpus, tmp_path / "out")
     process.send_signal(signal.SIGINT)
