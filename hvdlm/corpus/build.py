@@ -156,8 +156,10 @@ def find_duplicates(work: Work, team: Team, progress: Progress, *, count: int, t
     """
     progress.stage("hash", count=count, total_bytes=total_bytes)
     team.run("hash", dedup.hash_task, count)
-    ranges = dedup.count_ranges(sum(work.result("hash", i)["documents"] for i in range(count)))
-    team.run("drop", partial(dedup.find_drops, ranges=ranges, tasks=count), ranges)
+    hashed = [work.result("hash", index) for index in range(count)]
+    ranges = dedup.count_ranges(sum(one["documents"] for one in hashed))
+    runs = [one["runs"] for one in hashed]
+    team.run("drop", partial(dedup.find_drops, ranges=ranges, runs=runs), ranges)
 
 
 def _once(work: Work, stage: str, do: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Exact deduplication over the whole input, in files and bounded memory.
 
-1. Each task of the plan hashes its documents (XXH3-128) and writes them sorted by hash.
-2. The space of hashes is cut into ranges; each range reads its part of every file and finds equal hashes.
+1. Each task of the plan hashes its documents (XXH3-128) and writes them in runs, each sorted by hash. What
+   is there twice in a run is settled at once: a run has every hash once, however often a text occurs.
+2. The space of hashes is cut into ranges; each range reads its part of every run and finds equal hashes.
    Of equal documents the first in plan order is kept, so nothing depends on who did what.
-3. A task that is encoded leaves out what the ranges name.
+3. A task that is encoded leaves out what its runs and the ranges name.
 
 Two different texts of one hash would be taken for equal: below 1e-18 for 10^10 documents.
 """
@@ -11,6 +12,7 @@ Two different texts of one hash would be taken for equal: below 1e-18 for 10^10 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ from hvdlm.corpus.documents import Rejects, digest, kept_documents
 from hvdlm.corpus.job import Job, Report, Tally
 from hvdlm.data.files import publishing
 
-RANGE_DOCUMENTS = 4 << 20
-"""Documents a range holds, about: 24 bytes each, and as much again to sort them."""
+RANGE_DOCUMENTS = RUN_DOCUMENTS = 4 << 20
+"""Documents a range (about) and a run (at most) hold: 24 bytes each, and as much again to sort them."""
 _HASH = np.dtype([("high", "<u8"), ("low", "<u8"), ("index", "<u4")])
 _DROP = np.dtype([("task", "<u4"), ("index", "<u4")])
 _REPORT_EVERY = 1024
@@ -35,20 +37,21 @@ def hash_task(index: int, job: Job, report: Report) -> dict[str, Any]:
         UserError: bad input, or a full disk.
     """
     begun, task, told = time.monotonic(), job.task(index), 0
-    digests: list[bytes] = []
-    done_bytes = 0
+    digests = bytearray()
+    documents = runs = 0
     for text, done_bytes in kept_documents(task, job, Rejects(job.keep.max_errors)):
-        digests.append(digest(text, xxhash.xxh3_128()).digest())
-        if len(digests) % _REPORT_EVERY == 0:
+        digests += digest(text, xxhash.xxh3_128()).digest()
+        documents += 1
+        if documents % _REPORT_EVERY == 0:
             report(Tally(done_bytes - told, _REPORT_EVERY))
             told = done_bytes
-    hashes = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2)
-    table = np.empty(len(hashes), _HASH)
-    order = np.lexsort((hashes[:, 1], hashes[:, 0]))
-    table["high"], table["low"], table["index"] = hashes[order, 0], hashes[order, 1], order
-    _save(_hash_path(job, index), table)
-    report(Tally(task.size_bytes - told, len(digests) % _REPORT_EVERY))
-    return {"documents": len(digests), "seconds": time.monotonic() - begun}
+        if documents % RUN_DOCUMENTS == 0:
+            _save_run(job, index, runs, digests)
+            runs += 1
+            digests.clear()
+    _save_run(job, index, runs, digests)
+    report(Tally(task.size_bytes - told, documents % _REPORT_EVERY))
+    return {"documents": documents, "runs": runs + 1, "seconds": time.monotonic() - begun}
 
 
 def count_ranges(documents: int) -> int:
@@ -56,24 +59,25 @@ def count_ranges(documents: int) -> int:
     return max(1, -(-documents // RANGE_DOCUMENTS))
 
 
-def find_drops(index: int, job: Job, report: Report, *, ranges: int, tasks: int) -> dict[str, Any]:
-    """Find the duplicates of one range of hashes.
+def find_drops(index: int, job: Job, report: Report, *, ranges: int, runs: Sequence[int]) -> dict[str, Any]:
+    """Find the documents of one range of hashes that are in an earlier run too.
 
     Args:
         index: of the range.
         job: common to all.
         report: hears nothing; a range is short.
         ranges: how many there are.
-        tasks: how many tasks were hashed.
+        runs: how many each task has.
 
     Raises:
         UserError: a full disk.
     """
     del report
-    parts = [_range_of(_hash_path(job, task), index, ranges) for task in range(tasks)]
+    pairs = [(task, run) for task, count in enumerate(runs) for run in range(count)]
+    parts = [_range_of(_hash_path(job, *pair), index, ranges) for pair in pairs]
     hashes = np.concatenate(parts)
-    owners = np.repeat(np.arange(tasks, dtype="<u4"), [len(part) for part in parts])
-    # A stable sort: equal hashes stay in plan order, and within a task in that of its documents.
+    owners = np.repeat(np.array([task for task, _ in pairs], "<u4"), [len(part) for part in parts])
+    # A stable sort: equal hashes stay in plan order, and within a task in that of its runs.
     order = np.lexsort((hashes["low"], hashes["high"]))
     later, earlier = hashes[order[1:]], hashes[order[:-1]]
     same = order[1:][(later["high"] == earlier["high"]) & (later["low"] == earlier["low"])]
@@ -85,12 +89,29 @@ def find_drops(index: int, job: Job, report: Report, *, ranges: int, tasks: int)
 
 def drops_of(task: int, job: Job) -> np.ndarray:
     """Which documents of a task are duplicates of earlier ones: their places, rising, int64 [k]."""
-    found = [np.zeros(0, "<u4")]
-    for path in sorted(job.folder.glob("drops-*.bin")) if job.keep.dedup else ():
+    if not job.keep.dedup:
+        return np.zeros(0, np.int64)
+    found = [np.fromfile(path, "<u4") for path in job.folder.glob(_copies_path(job, task, "*").name)]
+    for path in job.folder.glob("drops-*.bin"):
         table = _open(path, _DROP)
         first, end = np.searchsorted(table["task"], [task, task + 1])
         found.append(np.array(table["index"][first:end]))
     return np.sort(np.concatenate(found)).astype(np.int64)
+
+
+def _save_run(job: Job, task: int, run: int, digests: bytearray) -> None:
+    """Write a run of a task: each hash once, sorted, and the places of its other copies."""
+    hashes = np.frombuffer(bytes(digests), ">u8").reshape(-1, 2)
+    # A stable sort: of equal documents the first comes first.
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))
+    ordered, places = hashes[order], order + run * RUN_DOCUMENTS
+    copies = np.zeros(len(ordered), bool)
+    copies[1:] = (ordered[1:] == ordered[:-1]).all(axis=1)
+    table = np.empty(len(ordered) - int(copies.sum()), _HASH)
+    table["high"], table["low"] = ordered[~copies].T
+    table["index"] = places[~copies]
+    _save(_hash_path(job, task, run), table)
+    _save(_copies_path(job, task, run), np.sort(places[copies]).astype("<u4"))
 
 
 def _range_of(path: Path, index: int, ranges: int) -> np.ndarray:
@@ -114,8 +135,12 @@ def _save(path: Path, table: np.ndarray) -> None:
         file.write(table.tobytes())
 
 
-def _hash_path(job: Job, task: int) -> Path:
-    return job.folder / f"hashes-{task:05d}.bin"
+def _hash_path(job: Job, task: int, run: int) -> Path:
+    return job.folder / f"hashes-{task:05d}-{run}.bin"
+
+
+def _copies_path(job: Job, task: int, run: int | str) -> Path:
+    return job.folder / f"copies-{task:05d}-{run}.bin"
 
 
 def _drop_path(job: Job, index: int) -> Path:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, BinaryIO, NamedTuple, final
 
 import xxhash
 
@@ -13,7 +14,7 @@ from hvdlm.config import UserError
 from hvdlm.corpus.job import Job
 from hvdlm.corpus.plan import Piece, Task
 from hvdlm.corpus.readers import Document, place_of, read_documents
-from hvdlm.data.files import write_atomic
+from hvdlm.data.files import publishing
 from hvdlm.text.pieces import cut
 
 REASONS = ("empty", "not_utf8", "too_short", "too_long", "bad", "duplicate")
@@ -29,17 +30,27 @@ class Kept(NamedTuple):
 
 @final
 class Rejects:
-    """What a task left out: counts by reason, and a line for each document that was rejected."""
+    """What a task left out: counts by reason, and a line for each document that was rejected.
 
-    def __init__(self, max_errors: int) -> None:
+    A context manager: the lines appear as a file, where there are any, when it ends without an exception.
+
+    Args:
+        max_errors: bad records that are allowed.
+        path: of the lines; None = they are only counted.
+    """
+
+    def __init__(self, max_errors: int, path: Path | None = None) -> None:
         self.counts = dict.fromkeys(REASONS, 0)
-        self._max_errors = max_errors
-        self._lines: list[bytes] = []
+        self.rejected = 0
+        self._max_errors, self._path = max_errors, path
+        self._stack = ExitStack()
+        self._file: BinaryIO | None = None
 
-    @property
-    def rejected(self) -> int:
-        """Documents with a line."""
-        return len(self._lines)
+    def __enter__(self) -> Rejects:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     def count(self, reason: str) -> None:
         """Leave a document out without a line: empty ones and duplicates."""
@@ -49,25 +60,25 @@ class Rejects:
         """Reject a document.
 
         Raises:
-            UserError: one bad record more than allowed.
+            UserError: one bad record more than allowed, or a full disk.
         """
         self.counts[reason] += 1
-        place = place_of(piece, document)
+        self.rejected += 1
         if reason == "bad" and self.counts["bad"] > self._max_errors:
+            place = place_of(piece, document, exact=True)
             where = f"{piece.path}: {place}: " if place else f"{piece.path}: "
             allowed = f" (one more than --max-errors {self._max_errors})" if self._max_errors else ""
             raise UserError(f"{where}{detail}{allowed}")
-        row = {"file": piece.path, "place": place, "reason": reason, "detail": detail}
-        self._lines.append(json.dumps(row).encode() + b"\n")
+        if self._path:
+            place = place_of(piece, document)
+            row = {"file": piece.path, "place": place, "reason": reason, "detail": detail}
+            self._lines(self._path).write(json.dumps(row).encode() + b"\n")
 
-    def save(self, path: Path) -> None:
-        """Write the lines, where there are any.
-
-        Raises:
-            UserError: the disk is full.
-        """
-        if self._lines:
-            write_atomic(path, b"".join(self._lines))
+    def _lines(self, path: Path) -> BinaryIO:
+        if self._file is None:
+            temp = self._stack.enter_context(publishing(path))
+            self._file = self._stack.enter_context(temp.open("xb"))
+        return self._file
 
 
 def kept_documents(task: Task, job: Job, rejects: Rejects) -> Iterator[Kept]:

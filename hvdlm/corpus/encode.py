@@ -54,12 +54,12 @@ def encode_task(index: int, job: Job, report: Report) -> dict[str, Any]:
         UserError: bad input, or a full disk.
     """
     begun = time.monotonic()
-    task, rejects = job.task(index), Rejects(job.keep.max_errors)
+    task = job.task(index)
     stems = {s: job.folder / f"{TEMP_PREFIX}{secrets.token_hex(6)}-{index:05d}-{s}" for s in SPLITS}
     try:
-        _encode(task, job, rejects, stems=stems, report=report)
-        train, statistics = _write(index, job, stems)
-        rejects.save(rejects_path(job, index))
+        with Rejects(job.keep.max_errors, rejects_path(job, index)) as rejects:
+            _encode(task, job, rejects, stems=stems, report=report)
+            train, statistics = _write(index, job, stems)
     except OSError as error:
         refuse_write(job.folder, error)
     finally:
@@ -146,9 +146,10 @@ def _batches(task: Task, job: Job, rejects: Rejects) -> Iterator[tuple[list[Part
     """Parts to encode in one call, and how many bytes of the task are read by then."""
     parts: list[Part] = []
     chars = done_bytes = 0
-    duplicates = set(drops_of(task.index, job).tolist())
+    duplicates, next_duplicate = drops_of(task.index, job), 0
     for number, (text, done_bytes) in enumerate(kept_documents(task, job, rejects)):
-        if number in duplicates:
+        if next_duplicate < len(duplicates) and number == duplicates[next_duplicate]:
+            next_duplicate += 1
             rejects.count("duplicate")
             continue
         split, pieces = split_of(task, text, job.val_fraction), cut(text)

@@ -16,9 +16,11 @@ from isal import igzip
 from isal.igzip_lib import IsalError
 
 from hvdlm.config import UserError
-from hvdlm.corpus.plan import Piece
+from hvdlm.corpus.plan import MAX_DOCUMENT_BYTES, Piece
 
-_CHUNK_BYTES = 1 << 18
+_CHUNK_BYTES = _BUFFER_BYTES = 1 << 18
+_FEED_BYTES = 1 << 11
+"""zstd unpacks what it is fed at once, and four bytes may stand for 128 KiB: 64 MiB at most of these."""
 
 
 class Line(NamedTuple):
@@ -42,7 +44,7 @@ def read_lines(piece: Piece) -> Iterator[Line]:
         UserError: damaged or truncated compressed data, or a file that became shorter.
         OSError: it cannot be read.
     """
-    with Path(piece.path).open("rb") as file:
+    with Path(piece.path).open("rb", buffering=_BUFFER_BYTES) as file:
         file.seek(piece.start)
         number, begun = 1, bytearray()
         with closing(_DECOMPRESS[piece.kind](file, piece)) as chunks:
@@ -52,46 +54,57 @@ def read_lines(piece: Piece) -> Iterator[Line]:
                 for part in complete:
                     begun += part
                     begun += b"\n"
-                    yield Line(number, _take(begun), done_bytes)
+                    yield Line(number, _take(begun, piece, number), done_bytes)
                     number += 1
                 begun += rest
+                if len(begun) > MAX_DOCUMENT_BYTES:
+                    raise _too_long(piece, number)
         if begun:
-            yield Line(number, _take(begun), piece.size_bytes)
+            yield Line(number, _take(begun, piece, number), piece.size_bytes)
 
 
-def _take(begun: bytearray) -> bytes:
+def _take(begun: bytearray, piece: Piece, number: int) -> bytes:
     """What was collected, once; a line of many megabytes gives its memory back."""
+    if len(begun) > MAX_DOCUMENT_BYTES:
+        raise _too_long(piece, number)
     line = bytes(begun)
     begun.clear()
     return line
 
 
-def parts_of(lines: Iterable[Line], document: str) -> Iterator[Line]:
+def parts_of(lines: Iterable[Line], document: str, piece: Piece) -> Iterator[Line]:
     """Cut lines into documents, without the line end that each ends with.
 
     Args:
         lines: with their ends.
         document: "line", or "paragraph": a run of lines that are not blank.
+        piece: where they stand.
+
+    Raises:
+        UserError: a paragraph that is too long.
     """
     group: list[bytes] = []
-    first = done_bytes = 0
+    first = done_bytes = group_bytes = 0
     for number, raw, done_bytes in lines:
         if document == "line":
             yield Line(number, _without_end(raw), done_bytes)
         elif raw and not raw.isspace():
             first = first if group else number
             group.append(raw)
+            group_bytes += len(raw)
+            if group_bytes > MAX_DOCUMENT_BYTES:
+                raise _too_long(piece, first)
         elif group:
             yield Line(first, _without_end(b"".join(group)), done_bytes)
-            group = []
+            group, group_bytes = [], 0
     if group:
         yield Line(first, _without_end(b"".join(group)), done_bytes)
 
 
-def parts_of_text(text: str, document: str) -> Iterator[str]:
+def parts_of_text(text: str, document: str, piece: Piece) -> Iterator[str]:
     """Cut one text in the same way."""
     lines = (Line(number, raw + b"\n", 0) for number, raw in enumerate(text.encode().split(b"\n"), 1))
-    for part in parts_of(lines, document):
+    for part in parts_of(lines, document, piece):
         yield part.raw.decode()
 
 
@@ -152,7 +165,7 @@ def _unzstd(file: BinaryIO, piece: Piece) -> Generator[bytes, None, None]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame, fed = decompressor.decompressobj(), False
     try:
-        while data := file.read(_CHUNK_BYTES >> 2):
+        while data := file.read(_FEED_BYTES):
             while data:
                 if frame.eof:
                     frame = decompressor.decompressobj()
@@ -162,6 +175,13 @@ def _unzstd(file: BinaryIO, piece: Piece) -> Generator[bytes, None, None]:
         raise _damaged(piece, "zstd", str(error)) from None
     if fed and not frame.eof:
         raise _damaged(piece, "zstd", "truncated: it ends too early")
+
+
+def _too_long(piece: Piece, number: int) -> UserError:
+    return UserError(
+        f"{piece.path}: line {number_in_file(piece, number)}: a document of more than {MAX_DOCUMENT_BYTES} "
+        "bytes begins here; cut it into shorter ones"
+    )
 
 
 def _damaged(piece: Piece, kind: str, reason: str) -> UserError:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hvdlm.config import UserError
 
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 8 << 20
 
 
 def row_group_bytes(path: str, field: str) -> list[int]:
@@ -30,7 +30,7 @@ def row_group_bytes(path: str, field: str) -> list[int]:
 
 
 def read_rows(path: str, field: str, groups: range) -> Iterator[tuple[int, bytes | None, float]]:
-    """Read one column of some row groups, a few hundred rows at a time.
+    """Read one column of some row groups, a few hundred rows or some megabytes at a time.
 
     Args:
         path: the file.
@@ -49,17 +49,28 @@ def read_rows(path: str, field: str, groups: range) -> Iterator[tuple[int, bytes
     with _open(path) as file:
         row = sum(file.metadata.row_group(i).num_rows for i in range(groups.start))
         rows, done = sum(file.metadata.row_group(i).num_rows for i in groups), 0
+        at_once = _rows_at_once(file.metadata, field, groups)
         try:
-            for batch in file.iter_batches(_ROWS_AT_ONCE, list(groups), [field], use_threads=False):
+            for batch in file.iter_batches(at_once, list(groups), [field], use_threads=False):
                 column = batch.column(0)
                 if pa.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
                 # As bytes: a text that is not UTF-8 is for the caller's policy, not an exception here.
-                for text in column.cast(pa.large_binary()).to_pylist():
+                for cell in column.cast(pa.large_binary()):
                     row, done = row + 1, done + 1
-                    yield row, text, done / rows
+                    yield row, cell.as_py(), done / rows
         except (pa.ArrowException, OSError) as error:
             raise _damaged(path, error) from None
+
+
+def _rows_at_once(metadata: Any, field: str, groups: range) -> int:
+    """Rows of which a batch has some megabytes, by the mean of the row group with the longest."""
+    means = [1.0]
+    for group in (metadata.row_group(i) for i in groups):
+        columns = (group.column(i) for i in range(group.num_columns))
+        size_bytes = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == field)
+        means.append(size_bytes / max(group.num_rows, 1))
+    return max(1, min(_ROWS_AT_ONCE, int(_BYTES_AT_ONCE / max(means))))
 
 
 def _open(path: str) -> Any:

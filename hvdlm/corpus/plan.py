@@ -24,6 +24,8 @@ from hvdlm.data.order import permute
 TASKS = 256
 MIN_TASK_BYTES = 1 << 20
 MAX_TASK_BYTES = 256 << 20
+MAX_DOCUMENT_BYTES = 256 << 20
+"""A process holds the document that it encodes."""
 _SCAN_BYTES = 1 << 16
 _RECORD_END = {"line": re.compile(rb"\n"), "paragraph": re.compile(rb"\n\r?\n")}
 
@@ -84,7 +86,7 @@ def make_plan(
         The tasks, those of `files` first.
 
     Raises:
-        UserError: a parquet file that is damaged or lacks the column.
+        UserError: a parquet file that is damaged or lacks the column, a file too long for one document.
     """
     tasks: list[Task] = []
     groups = [(files, "train" if val_files else ""), (val_files, "val")]
@@ -123,6 +125,11 @@ def _cut(file: InputFile, task_bytes: int, document: str, field: str) -> Iterato
         return
     separator = _RECORD_END.get("line" if file.kind == "jsonl" else document)
     starts = [0]
+    if file.kind == "text" and document == "file" and file.size_bytes > MAX_DOCUMENT_BYTES:
+        raise UserError(
+            f"{file.path}: one document of {file.size_bytes} bytes, at most {MAX_DOCUMENT_BYTES} can be; "
+            "cut it with --document paragraph or line"
+        )
     if file.kind in ("jsonl", "text") and separator:
         starts = _record_starts(file, task_bytes, separator)
     for start, end in zip(starts, [*starts[1:], file.size_bytes], strict=True):

@@ -17,10 +17,9 @@ import orjson
 from hvdlm.config import EXIT_CRASH, UserError
 from hvdlm.corpus.lines import number_in_file, parts_of, parts_of_text, read_lines, without_mark
 from hvdlm.corpus.parquet import read_rows
-from hvdlm.corpus.plan import Piece
+from hvdlm.corpus.plan import MAX_DOCUMENT_BYTES, Piece
 from hvdlm.text.pieces import cut
 
-MAX_DOCUMENT_BYTES = 1 << 30
 _MAGIC = {
     b"\x1f\x8b": "a gzip file",
     b"\x28\xb5\x2f\xfd": "a zstd file",
@@ -79,13 +78,19 @@ class _BadRecordError(ValueError):
     """What is wrong with a record and what to do; whoever knows the place adds it."""
 
 
-def place_of(piece: Piece, document: Document) -> str:
-    """Where a document stands, for messages: "line 7", "row 7", or "" for a whole file."""
+def place_of(piece: Piece, document: Document, *, exact: bool = False) -> str:
+    """Where a document stands: "line 7", "row 7", or "" for a whole file.
+
+    In a piece that is not the first of its file it is "line 7 after byte 1048576", or, if `exact`, the line
+    in the file: then the file is read up to the piece.
+    """
     if document.number == 0:
         return ""
     if piece.kind == "parquet":
         return f"row {document.number}"
-    return f"line {number_in_file(piece, document.number)}"
+    if exact:
+        return f"line {number_in_file(piece, document.number)}"
+    return f"line {document.number}{f' after byte {piece.start}' if piece.start else ''}"
 
 
 def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document]:
@@ -109,7 +114,7 @@ def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document]:
                 if record.text is None or options.document == "file":
                     yield record
                     continue
-                for part in parts_of_text(record.text, options.document):
+                for part in parts_of_text(record.text, options.document, piece):
                     yield record._replace(text=part)
         _check_unchanged(piece)
     except OSError as error:
@@ -118,17 +123,12 @@ def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document]:
 
 
 def _whole_file(piece: Piece, options: ReadOptions) -> Document:
-    if piece.size_bytes > MAX_DOCUMENT_BYTES:
-        raise UserError(
-            f"{piece.path}: one document of {piece.size_bytes} bytes, at most {MAX_DOCUMENT_BYTES} can be; "
-            "cut it with --document paragraph or line"
-        )
     raw = without_mark(Path(piece.path).read_bytes())
     return _document(_decode, raw, options, Document(None, piece.size_bytes))
 
 
 def _parts_of_file(piece: Piece, options: ReadOptions) -> Iterator[Document]:
-    for number, raw, done_bytes in parts_of(read_lines(piece), options.document):
+    for number, raw, done_bytes in parts_of(read_lines(piece), options.document, piece):
         yield _document(_decode, raw, options, Document(None, done_bytes, number))
 
 
@@ -162,6 +162,10 @@ def _check_unchanged(piece: Piece) -> None:
 def _text_of_cell(raw: bytes | None, options: ReadOptions) -> str | None:
     if raw is None:
         raise _BadRecordError(f"column {options.field!r} is null, needed a string; remove such rows")
+    if len(raw) > MAX_DOCUMENT_BYTES:
+        raise _BadRecordError(
+            f"{len(raw)} bytes, at most {MAX_DOCUMENT_BYTES} can be; cut it into shorter ones"
+        )
     return _decode(raw, options)
 
 

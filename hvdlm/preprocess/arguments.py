@@ -56,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
         "corpus, the sources of Python's standard library.",
         epilog="Under mpirun or srun, or as a job array, all processes make one data set. The same inputs "
         "and options give the same bytes, however many there are. Killed or stopped, the same command goes "
-        "on. Exit codes: 0 done, 2 bad usage or input, 75 stopped by a signal, 1 any other failure.",
+        "on. Exit codes: 0 done, 2 bad usage or input, 75 stopped by a signal, 130 by Ctrl-C, 1 any other "
+        "failure.",
         allow_abbrev=False,
     )
     default = Options(DEMO_OUT)

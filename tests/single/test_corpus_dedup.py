@@ -48,18 +48,21 @@ def texts_of(job: Job, index: int) -> list[str]:
     return [text for text, _ in kept_documents(job.task(index), job, Rejects(0))]
 
 
-@pytest.mark.parametrize("ranges", [1, 2, 7])
-def test_of_equal_documents_the_first_in_plan_order_is_kept(ranges: int, job: Job) -> None:
+@pytest.mark.parametrize(("ranges", "run_documents"), [(1, 1 << 22), (2, 7), (7, 7), (1, 1)])
+def test_of_equal_documents_the_first_in_plan_order_is_kept(
+    ranges: int, run_documents: int, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dedup, "RUN_DOCUMENTS", run_documents)
     tasks, heard = tasks_of(job), list[Tally]()
     assert tasks > 8
-    for index in reversed(range(tasks)):
-        dedup.hash_task(index, job, heard.append)
+    runs = [dedup.hash_task(index, job, heard.append)["runs"] for index in reversed(range(tasks))][::-1]
     assert sum(tally.documents for tally in heard) == 1000
     assert sum(tally.read_bytes for tally in heard) == sum(job.task(i).size_bytes for i in range(tasks))
     found = [
-        dedup.find_drops(index, job, heard.append, ranges=ranges, tasks=tasks)["duplicates"]
+        dedup.find_drops(index, job, heard.append, ranges=ranges, runs=runs)["duplicates"]
         for index in range(ranges)
     ]
+    found += [path.stat().st_size // 4 for path in job.folder.glob("copies-*.bin")]
     seen: set[str] = set()
     for index in range(tasks):
         dropped = dedup.drops_of(index, job).tolist()
@@ -71,7 +74,19 @@ def test_of_equal_documents_the_first_in_plan_order_is_kept(ranges: int, job: Jo
         assert dropped == expected
         assert len(dropped) < len(texts_of(job, index)) or index > 0
     assert sum(found) == 1000 - len(seen)
-    assert all(found)
+    assert all(found[:ranges])
+
+
+def test_however_often_a_text_occurs_a_run_has_it_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(rows(["the same"] * 500 + ["another"]))
+    work = tmp_path / "work"
+    work.mkdir()
+    job = Job(work, keep=Keep(dedup=True))
+    plan_of_one = make_plan(find_inputs([str(tmp_path)]), [], document="file", field="text", seed=0)
+    job.write_plan(plan_of_one)
+    dedup.hash_task(0, job, lambda tally: None)
+    assert (work / "hashes-00000-0.bin").stat().st_size == 2 * dedup._HASH.itemsize
+    assert dedup.drops_of(0, job).tolist() == [*range(1, 500)]
 
 
 def test_without_dedup_nothing_is_dropped(job: Job) -> None:
@@ -124,6 +139,24 @@ def test_what_is_left_out_is_counted_and_rejects_are_listed(
         ("line 48", "bad"),
     ]
     assert {row["file"] for row in listed} == {str(source)}
+
+
+def test_places_in_a_part_of_a_file_are_told_without_reading_what_is_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "MIN_TASK_BYTES", 300)
+    monkeypatch.setattr("hvdlm.corpus.readers.number_in_file", None)
+    texts = [f"document {i}" if i % 3 else "short" for i in range(60)]
+    source, out = tmp_path / "a.jsonl", tmp_path / "out"
+    source.write_text(rows(texts))
+    arguments = [source, "--out", out, "--tokenizer", "byte", "--workers", 1, "--val-fraction", 0.3]
+    assert run(*arguments, "--min-chars", 6) == 0
+    found = []
+    for line in (out / "rejects.jsonl").read_text().splitlines():
+        _, number, *after = json.loads(line)["place"].split(" ")
+        start = int(after[-1]) if after else 0
+        found.append(source.read_bytes()[:start].count(b"\n") + int(number))
+    assert sorted(found) == [i + 1 for i in range(60) if i % 3 == 0]
 
 
 def test_bad_records_are_counted_over_all_tasks(

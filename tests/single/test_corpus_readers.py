@@ -1,6 +1,7 @@
 import contextlib
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import zstandard
 
 from hvdlm.config import UserError
-from hvdlm.corpus import lines, readers
+from hvdlm.corpus import lines, parquet, plan, readers
 from hvdlm.corpus.documents import Rejects
 from hvdlm.corpus.plan import Piece, make_plan
 from hvdlm.corpus.readers import ReadOptions, read_documents
@@ -97,11 +98,37 @@ def test_chunks_do_not_show(chunk_bytes: int, tmp_path: Path, monkeypatch: pytes
     assert read(path, "paragraph") == ["ab", "中", "last"]
 
 
-def test_a_file_that_is_too_long_for_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 5)
-    (tmp_path / "a.txt").write_text("12345\n")
-    assert "one document of 6 bytes, at most 5 can be; cut it with --document" in failure(tmp_path / "a.txt")
-    assert read(tmp_path / "a.txt", "line") == ["12345"]
+def test_what_is_too_long_for_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (plan, lines, readers):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 16)
+    path = tmp_path / "a.txt"
+    path.write_text("12345678\n\n1234567\n1234567\n")
+    with pytest.raises(UserError, match=r"a\.txt: one document of 26 bytes, at most 16 can be; cut it with"):
+        make_plan([describe(path)], [], document="file", field="text", seed=0)
+    assert read(path, "line") == ["12345678", "", "1234567", "1234567"]
+    assert read(path, "paragraph") == ["12345678", "1234567\n1234567"]
+    path.write_text("12345678\n\n1234567\n12345678\n")
+    assert failure(path, document="paragraph").startswith("line 3: a document of more than 16 bytes begins")
+    path.write_text("1\n" + 17 * "x" + "\n")
+    assert failure(path, document="line").startswith("line 2: a document of more than 16 bytes begins here")
+    pq.write_table(pa.table({"text": ["x" * 17]}), tmp_path / "a.parquet")
+    assert failure(tmp_path / "a.parquet").startswith("row 1: 17 bytes, at most 16 can be")
+
+
+def test_rows_and_chunks_in_memory_are_bounded_in_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    noise = random.Random(0).randbytes(1 << 20).hex()
+    pq.write_table(pa.table({"text": [noise[i:] for i in range(8)], "note": ["y"] * 8}), path)
+    with pq.ParquetFile(path) as file:
+        assert 1 <= parquet._rows_at_once(file.metadata, "text", range(1)) <= 4
+        assert parquet._rows_at_once(file.metadata, "note", range(1)) == 256
+    blank = tmp_path / "a.jsonl.zst"
+    blank.write_bytes(zstandard.ZstdCompressor().compress(b"\n" * (256 << 20)))
+    with blank.open("rb") as source:
+        chunks = lines._unzstd(source, Piece(str(blank), "jsonl.zst", 0, 1, 1))
+        sizes = [len(chunk) for chunk in chunks]
+    assert sum(sizes) == 256 << 20
+    assert max(sizes) <= 64 << 20
 
 
 def test_a_piece_with_a_byte_order_mark_alone_has_no_text(tmp_path: Path) -> None:
