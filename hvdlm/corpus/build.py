@@ -21,12 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hvdlm.config import EXIT_CRASH, EXIT_USAGE, UserError
+from hvdlm.config import EXIT_CRASH, UserError
 from hvdlm.corpus import crew as crews
 from hvdlm.corpus import dedup, existing, hold, memory, stats
 from hvdlm.corpus.crew import Crew
 from hvdlm.corpus.encode import encode_task, refuse_write
-from hvdlm.corpus.install import LostError, install
+from hvdlm.corpus.install import LostError, install, refuse_bad, refuse_empty
 from hvdlm.corpus.job import TOKENIZER_NAME, Job, Tally
 from hvdlm.corpus.options import Options, Source, look_up, record
 from hvdlm.corpus.plan import Task, make_plan
@@ -34,6 +34,7 @@ from hvdlm.corpus.pool import Team
 from hvdlm.corpus.progress import Progress
 from hvdlm.corpus.training_text import sample_texts, share_bytes, training_texts
 from hvdlm.corpus.work import GoneError, PeerError, StoppedError, Work
+from hvdlm.data import manifest as manifests
 from hvdlm.data.files import write_atomic
 from hvdlm.data.manifest import Manifest, read_manifest
 from hvdlm.text import TOKENIZERS, fast
@@ -91,20 +92,30 @@ def build(
             work = Work(options.out / existing.WORK_NAME, crew, wants_stop)
         except OSError as error:
             refuse_write(options.out, error)
-        if not surely:
-            hold.refuse_others(options.out, work)
-        try:
-            made = _build(options, work, workers=workers, force=force)
-        except GoneError:
-            made = True
-        except OSError as error:
-            _fail(work, error)
-            refuse_write(options.out, error)
-        except BaseException as error:
-            _fail(work, error)
-            raise
+        with work.signs:
+            if not surely:
+                hold.refuse_others(options.out, work)
+            made = _attempt(options, work, workers=workers, force=force)
         work.remove()
         return Built(read_manifest(options.out), stats.read(options.out), made)
+
+
+def _attempt(options: Options, work: Work, *, workers: int, force: bool) -> bool:
+    """As `_build`; an error is told to the others, unless they have completed the data set without it."""
+    try:
+        return _build(options, work, workers=workers, force=force)
+    except BaseException as error:
+        if isinstance(error, GoneError) or (isinstance(error, Exception) and _is_over(options.out, work)):
+            return True
+        _fail(work, error)
+        if isinstance(error, OSError):
+            refuse_write(options.out, error)
+        raise
+
+
+def _is_over(out: Path, work: Work) -> bool:
+    """Whether others have taken over while this process slept, and have completed the data set."""
+    return not work.folder.exists() and (out / manifests.FILE_NAME).exists()
 
 
 def _fail(work: Work, error: BaseException) -> None:
@@ -177,7 +188,7 @@ def _open(options: Options, work: Work, *, force: bool) -> dict[str, Any]:
     """Look the options up; write the plan, unless the data set is there already."""
     source = look_up(options)
     made_from = record(options, source)
-    if existing.find_same(options.out, made_from, force=force) is not None:
+    if existing.find_same(options.out, made_from, force=force, start=work.crew.name) is not None:
         return {"same": True}
     existing.open_work(options.out, work, made_from, force=force)
     tasks = plan_of(options, source)
@@ -249,51 +260,31 @@ def _tokenizer(options: Options, job: Job, opened: dict[str, Any], progress: Pro
 
 def _install(options: Options, work: Work, job: Job, opened: dict[str, Any]) -> dict[str, Any]:
     encoded = [work.result("encode", index) for index in range(opened["tasks"])]
-    left_out = stats.total([result["counts"] for result in encoded])
-    _refuse_bad(left_out["bad"], options)
+    refuse_bad(encoded, options)
     try:
-        _refuse_empty(left_out, encoded, options)
+        refuse_empty(encoded, options)
     except UserError:
         # The same command cannot do better: what is done helps nobody.
         for stage in _WORTH_KEEPING:
             shutil.rmtree(work.folder / "done" / stage, ignore_errors=True)
         raise
     stages = {stage: [work.result(stage, index) for index in work.done(stage)] for stage in _TIMED}
-    seconds = {stage: sum(one["seconds"] for one in results) for stage, results in stages.items() if results}
+    seconds = {
+        stage: round(sum(one["seconds"] for one in results), 3)
+        for stage, results in stages.items()
+        if results
+    }
+    making = {"start": work.crew.name, "encoder": job.choice or fast.REFERENCE, **seconds}
     try:
-        install(options.out, job, encoded, record=opened["record"], seconds=seconds)
+        install(
+            options.out,
+            job,
+            encoded,
+            record=opened["record"],
+            making=making,
+        )
     except LostError as error:
         if error.task is not None:
             work.forget("encode", error.task)
         raise
     return {}
-
-
-def _refuse_bad(bad: int, options: Options) -> None:
-    """Count over all tasks; their work is kept, for whoever allows for more."""
-    if bad > options.keep.max_errors:
-        raise UserError(
-            f"{bad} bad records, allowed are --max-errors {options.keep.max_errors}; they are listed in "
-            f"{options.out / existing.WORK_NAME}/rejects-*.jsonl; repair them and begin anew with --force, "
-            f"or go on with --max-errors {bad}"
-        )
-
-
-def _refuse_empty(left_out: dict[str, int], encoded: list[dict[str, Any]], options: Options) -> None:
-    documents = {
-        split: sum(result["splits"][split]["documents"] for result in encoded) for split in ("train", "val")
-    }
-    if documents["train"] and documents["val"]:
-        return
-    found = f"train has {documents['train']} documents, val has {documents['val']}"
-    if not documents["train"] and not documents["val"]:
-        reasons = (
-            ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none at all"
-        )
-        raise UserError(
-            f"{' '.join(options.inputs)}: no documents ({reasons}), so {found}; needed some text in both"
-        )
-    cure = "give more documents, cut them by --document paragraph or line, or name other inputs by --val"
-    if not options.val:
-        cure = f"{cure}, or change --val-fraction {options.val_fraction}"
-    raise UserError(f"a split is empty: {found}; {cure}", EXIT_USAGE)

@@ -8,28 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.config import UserError
+from hvdlm.corpus import stats
 from hvdlm.corpus.job import TOKENIZER_NAME
 from hvdlm.corpus.work import Work
 from hvdlm.data import manifest as manifests
 from hvdlm.data.entries import SPLITS
-from hvdlm.data.files import TEMP_PREFIX, write_atomic
+from hvdlm.data.files import RECORD_NAME, TEMP_PREFIX, write_atomic
 from hvdlm.data.manifest import Manifest, read_manifest
 
-RECORD_NAME = "preprocess.json"
-"""What a data set was made from. Written before the shards, so a killed run is known as one."""
 TASKS_NAME = "tasks.json"
 """How many training shards each task made."""
-_BESIDE = ("stats.json", "seconds.json", "lengths.png", "rejects.jsonl")
+_BESIDE = (stats.FILE_NAME, stats.SECONDS_NAME, stats.PLOT_NAME, "rejects.jsonl")
 WORK_NAME = f"{TEMP_PREFIX}preprocess"
 
 
-def find_same(folder: Path, record: dict[str, Any], *, force: bool) -> Manifest | None:
+def find_same(folder: Path, record: dict[str, Any], *, force: bool, start: str) -> Manifest | None:
     """Look for a complete data set that was made from the same inputs with the same options.
 
     Args:
         folder: the output.
         record: what this run makes a data set from.
-        force: another data set may be replaced.
+        force: any data set that another start made may be replaced.
+        start: name of this one; an element of a job array may come when the others are done.
 
     Returns:
         Its manifest, or None where this run has to (and may) make one.
@@ -37,10 +37,11 @@ def find_same(folder: Path, record: dict[str, Any], *, force: bool) -> Manifest 
     Raises:
         UserError: the folder holds another or a damaged data set, or shards of unknown origin.
     """
-    if force:
-        return None
     has_manifest = (folder / manifests.FILE_NAME).exists()
     before = read_record(folder)
+    own = before is not None and stats.read_making(folder).get("start") == start
+    if force and not (own and before is not None and _comparable(before) == _comparable(record)):
+        return None
     if not has_manifest and (before is not None or not _shards(folder)):
         return None
     if not has_manifest:
@@ -119,7 +120,17 @@ def write_tasks(folder: Path, shards: Sequence[int]) -> None:
     write_atomic(folder / TASKS_NAME, (json.dumps({"train_shards": list(shards)}) + "\n").encode())
 
 
+def read_tasks(folder: Path) -> list[int] | None:
+    """What `write_tasks` wrote; None where there is nothing, or something else."""
+    try:
+        shards: list[int] = json.loads((folder / TASKS_NAME).read_bytes())["train_shards"]
+        return shards if all(type(count) is int and count >= 0 for count in shards) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def read_record(folder: Path) -> dict[str, Any] | None:
+    """What a data set, or the work on one, is made from; None where it does not say."""
     try:
         record = json.loads((folder / RECORD_NAME).read_bytes())
     except (OSError, ValueError):

@@ -12,7 +12,8 @@ from typing import NoReturn
 
 from hvdlm.config import EXIT_CRASH, EXIT_USAGE, UserError
 from hvdlm.corpus.crew import Crew
-from hvdlm.corpus.work import PeerError, StoppedError, Work, sign_of_life
+from hvdlm.corpus.signs import sign_of_life
+from hvdlm.corpus.work import PeerError, StoppedError, Work
 from hvdlm.data import manifest as manifests
 
 _POLL_S = 0.1
@@ -51,7 +52,7 @@ def claimed(
             fd, surely = _hold(folder, fd, wait=wait, crew=crew)
         else:
             surely = True
-            _follow(fd, folder, sign_of_life(folder / work, crew.name, 0), wants_stop)
+            _follow(fd, folder, sign_of_life(folder / work / "starts", crew.name, 0), wants_stop)
         try:
             yield surely
         finally:
@@ -69,11 +70,11 @@ def refuse_others(folder: Path, work: Work) -> None:
     Raises:
         UserError: another start is at work.
     """
-    before = work.others_signs(within_s=_FRESH_S)
+    before = work.signs.of_others(within_s=_FRESH_S)
     end = time.monotonic() + _LISTEN_S
     while before and time.monotonic() < end:
         work.check()
-        now = work.others_signs(within_s=_FRESH_S)
+        now = work.signs.of_others(within_s=_FRESH_S)
         if any(now[path] != sign for path, sign in before.items() if path in now):
             _refuse(folder)
         time.sleep(_POLL_S)
@@ -143,4 +144,4 @@ def _is_held(fd: int) -> bool:
 
 
 def _refuse(folder: Path) -> NoReturn:
-    raise UserError(f"{folder}: another preprocess writes there; wait for it, or choose another --out")
+    raise UserError(f"{folder}: another program writes there; wait for it, or choose another --out")

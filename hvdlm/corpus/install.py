@@ -14,10 +14,11 @@ from typing import Any, final
 
 import numpy as np
 
-from hvdlm.config import EXIT_CRASH, UserError
+from hvdlm.config import EXIT_CRASH, EXIT_USAGE, UserError
 from hvdlm.corpus import existing, stats
 from hvdlm.corpus.encode import rejects_path, val_stem
 from hvdlm.corpus.job import TOKENIZER_NAME, Job
+from hvdlm.corpus.options import Options
 from hvdlm.corpus.piles import Pile, is_whole
 from hvdlm.corpus.write import ShardWriter
 from hvdlm.data.entries import ShardEntry, parse_shard
@@ -47,7 +48,7 @@ def install(
     encoded: Sequence[dict[str, Any]],
     *,
     record: dict[str, Any],
-    seconds: dict[str, float],
+    making: dict[str, Any],
 ) -> Manifest:
     """Make a data set of what the tasks left.
 
@@ -56,7 +57,7 @@ def install(
         job: common to all tasks.
         encoded: results of the encode stage, in plan order.
         record: what the data set is made from.
-        seconds: of each stage, for stats.json.
+        making: how this time, for seconds.json.
 
     Returns:
         The manifest as readers will see it.
@@ -76,7 +77,7 @@ def install(
         existing.write_record(out, record)
     _copy(job.folder / TOKENIZER_NAME, out / TOKENIZER_NAME)
     _join(out / REJECTS_NAME, [rejects_path(job, index) for index in range(len(encoded))])
-    stats.write(out, encoded, seconds)
+    stats.write(out, encoded, making)
     existing.write_tasks(out, per_task)
     numbered = [
         _move(job.folder, out, entry, f"train-{number:05d}.h5", task)
@@ -108,6 +109,47 @@ def merge_val(job: Job, summaries: Sequence[dict[str, Any]]) -> list[ShardEntry]
             writer.add(pile, np.arange(len(pile.lengths)))
     writer.flush()
     return writer.entries
+
+
+def refuse_bad(encoded: Sequence[dict[str, Any]], options: Options) -> None:
+    """Refuse more bad records in all tasks together than are allowed.
+
+    Raises:
+        UserError: there are.
+    """
+    bad = stats.total([result["counts"] for result in encoded])["bad"]
+    if bad > options.keep.max_errors:
+        raise UserError(
+            f"{bad} bad records, allowed are --max-errors {options.keep.max_errors}; they are listed in "
+            f"{options.out / existing.WORK_NAME}/rejects-*.jsonl; repair them and begin anew with --force, "
+            f"or go on with --max-errors {bad}"
+        )
+
+
+def refuse_empty(encoded: Sequence[dict[str, Any]], options: Options) -> None:
+    """Refuse a split without documents.
+
+    Raises:
+        UserError: one has none.
+    """
+    documents = {
+        split: sum(result["splits"][split]["documents"] for result in encoded) for split in ("train", "val")
+    }
+    if documents["train"] and documents["val"]:
+        return
+    found = f"train has {documents['train']} documents, val has {documents['val']}"
+    if not documents["train"] and not documents["val"]:
+        left_out = stats.total([result["counts"] for result in encoded])
+        reasons = (
+            ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count) or "none at all"
+        )
+        raise UserError(
+            f"{' '.join(options.inputs)}: no documents ({reasons}), so {found}; needed some text in both"
+        )
+    cure = "give more documents, cut them by --document paragraph or line, or name other inputs by --val"
+    if not options.val:
+        cure = f"{cure}, or change --val-fraction {options.val_fraction}"
+    raise UserError(f"a split is empty: {found}; {cure}", EXIT_USAGE)
 
 
 def _move(work: Path, out: Path, entry: ShardEntry, name: str, task: int | None) -> ShardEntry:

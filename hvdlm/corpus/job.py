@@ -81,9 +81,15 @@ class Job:
         Raises:
             UserError: this machine lacks the chosen encoder.
         """
+        reference = tokenizer.load(self.folder / TOKENIZER_NAME, eos=self.eos)
+        return fast.follow(reference, self.choice or fast.REFERENCE)
+
+    @property
+    def choice(self) -> fast.Choice | None:
+        """Which encoder was chosen for all; None = there was no choice."""
         path = self.folder / ENCODER_NAME
-        choice = json.loads(path.read_bytes()) if path.exists() else fast.REFERENCE
-        return fast.follow(tokenizer.load(self.folder / TOKENIZER_NAME, eos=self.eos), choice)
+        choice: fast.Choice | None = json.loads(path.read_bytes()) if path.exists() else None
+        return choice
 
     def write_choice(self, choice: fast.Choice) -> None:
         """Tell all processes which encoder to use.

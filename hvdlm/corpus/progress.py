@@ -1,4 +1,4 @@
-"""How far everybody is: a bar on a terminal, a plain line now and then elsewhere; and signs of life."""
+"""How far everybody is: a bar on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -15,18 +15,15 @@ from hvdlm.corpus.work import Work
 
 _LINE_EVERY_S = 30.0
 _BAR_EVERY_S = 0.5
-_TELL_EVERY_S = 5.0
 _NOTHING = Tally()
 
 
 @final
 class Progress:
-    """Counts what this process does, tells the others, and shows what all do. A context manager.
-
-    A thread does the telling, so that a process inside a long library call still lives to others.
+    """Counts what this process does, for its signs of life, and shows what all do. A context manager.
 
     Args:
-        work: where counts are told.
+        work: where the others' counts are found.
         shows: this process prints.
     """
 
@@ -37,6 +34,7 @@ class Progress:
         self._before = Tally()
         self._tallies: dict[str, list[int]] = defaultdict(lambda: [0] * len(Tally()))
         self._begun = self._line_at = time.monotonic()
+        work.signs.counts = lambda: dict(self._tallies)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
@@ -76,19 +74,21 @@ class Progress:
             return
         if sys.stderr.isatty():
             self._bar = tqdm(
-                total=total_bytes, desc=name, unit="B", unit_scale=True, dynamic_ncols=True, leave=False
+                total=total_bytes,
+                initial=before.read_bytes,
+                desc=name,
+                unit="B",
+                unit_scale=True,
+                dynamic_ncols=True,
+                leave=False,
             )
         else:
             done = f", {before.tasks:,} of them were done before" if before.tasks else ""
             self._print(f"{name}: {total_bytes / 1e6:,.1f} MB in {count:,} tasks{done}")
 
     def _run(self) -> None:
-        told_at = 0.0
         while not self._closing.wait(_BAR_EVERY_S):
             now = time.monotonic()
-            if now - told_at >= _TELL_EVERY_S:
-                told_at = now
-                self._work.tell(dict(self._tallies))
             bar, due = self._bar, now - self._line_at >= _LINE_EVERY_S
             if not self._shows or not self._total_bytes or not (bar or due):
                 continue
@@ -104,7 +104,7 @@ class Progress:
     def _totals(self) -> Tally:
         """What all processes of this start have counted in this stage."""
         own: dict[str, Any] = dict(self._tallies)
-        everybody = [own] if self._work.crew.size == 1 else self._work.told()
+        everybody = [own] if self._work.crew.size == 1 else self._work.signs.told()
         counts = [one.get(self._stage, [0] * len(Tally())) for one in everybody]
         return Tally(*(sum(column) for column in zip(*counts, strict=True))) if counts else Tally()
 

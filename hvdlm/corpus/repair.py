@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -12,18 +11,19 @@ from typing import Any
 
 from hvdlm.config import UserError
 from hvdlm.corpus import crew as crews
-from hvdlm.corpus import existing, hold
+from hvdlm.corpus import existing, hold, stats
 from hvdlm.corpus.build import find_duplicates, job_of, plan_of
 from hvdlm.corpus.encode import encode_task
 from hvdlm.corpus.install import merge_val
 from hvdlm.corpus.job import TOKENIZER_NAME, Job, Report
-from hvdlm.corpus.options import from_record, look_up, record
+from hvdlm.corpus.options import Options, Source, from_record, look_up, record
 from hvdlm.corpus.pool import Team
 from hvdlm.corpus.progress import Progress
 from hvdlm.corpus.work import Work
 from hvdlm.data.entries import ShardEntry, parse_shard
-from hvdlm.data.files import TEMP_PREFIX, fsync
+from hvdlm.data.files import RECORD_NAME, TEMP_PREFIX, fsync
 from hvdlm.data.manifest import Manifest
+from hvdlm.text import fast
 
 _WORK_NAME = f"{TEMP_PREFIX}repair"
 
@@ -53,32 +53,35 @@ def repair(folder: Path, manifest: Manifest, names: Collection[str], *, workers:
         shutil.rmtree(folder / _WORK_NAME, ignore_errors=True)
         work = Work(folder / _WORK_NAME, crew, lambda: False)
         try:
-            entries = _make(folder, work, names, workers)
+            with work.signs:
+                entries = _make(folder, manifest, work, names, workers)
             for entry in manifest.shards:
                 if entry.name in names:
-                    _replace(work.folder, folder, entry, entries[entry.name])
+                    _replace(work.folder, folder, entry, entries.get(entry.name))
             fsync(folder)
         finally:
             work.remove()
 
 
-def _make(folder: Path, work: Work, names: Collection[str], workers: int) -> dict[str, ShardEntry]:
+def _make(
+    folder: Path, manifest: Manifest, work: Work, names: Collection[str], workers: int
+) -> dict[str, ShardEntry]:
     """Make the shards in the work's folder: their entries there, by their names in the data set."""
-    made_from = existing.read_record(folder)
-    per_task = _read_tasks(folder)
-    if made_from is None or per_task is None:
-        raise UserError(
-            f"{folder}: does not say what it was made from; only a data set of preprocess can be repaired, "
-            "an imported one is imported again"
-        )
-    options = from_record(folder, made_from)
-    source = look_up(options)
-    now = record(options, source)
-    if any(now[key] != made_from[key] for key in ("inputs", "val")):
-        raise UserError(f"{folder}: its source has changed since; preprocess again with --force")
+    options, source = _made_from(folder)
     job, tasks = job_of(options, work.folder), plan_of(options, source)
+    per_task = existing.read_tasks(folder) or []
+    if (len(per_task), sum(per_task)) != (len(tasks), len(manifest.split("train"))):
+        raise UserError(
+            f"{folder / existing.TASKS_NAME}: is damaged, or of another source (tells of {len(per_task)} "
+            f"tasks and {sum(per_task)} shards, there are {len(tasks)} and {len(manifest.split('train'))}); "
+            "copy it again, or preprocess again with --force"
+        )
     job.write_plan(tasks)
     shutil.copyfile(folder / TOKENIZER_NAME, work.folder / TOKENIZER_NAME)
+    # Without the very encoder the reference does as well: the bytes are compared.
+    choice = stats.read_making(folder).get("encoder")
+    if isinstance(choice, dict) and fast.can_follow(choice):
+        job.write_choice(choice)
     ends = list(accumulate(per_task))
     chosen = _tasks_of(names, ends)
     with Progress(work, shows=True) as progress, Team(work, job, workers=workers, report=progress) as team:
@@ -98,6 +101,38 @@ def _make(folder: Path, work: Work, names: Collection[str], workers: int) -> dic
     return entries
 
 
+def _made_from(folder: Path) -> tuple[Options, Source]:
+    """How a data set was made. Where only paths or times of its source differ, the bytes will decide."""
+    made_from = existing.read_record(folder)
+    if made_from is None:
+        raise UserError(
+            f"{folder}: does not say what it was made from; only a data set of preprocess can be repaired, "
+            "an imported one is imported again"
+        )
+    try:
+        options = from_record(folder, made_from)
+        before = [made_from[key] for key in ("inputs", "val")]
+        before = [(one["files"], one["bytes"]) if isinstance(one, dict) else one for one in before]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{folder / RECORD_NAME}: is damaged; copy it again, or preprocess again with --force"
+        ) from None
+    source = look_up(options)
+    now = record(options, source)
+    for name, then in zip(("inputs", "val"), before, strict=True):
+        found = (now[name]["files"], now[name]["bytes"]) if isinstance(now[name], dict) else now[name]
+        if found != then:
+            raise UserError(
+                f"{folder}: its source has changed since ({name}: {_words(found)}, it was made from "
+                f"{_words(then)}); bring that back, or preprocess again with --force"
+            )
+    return options, source
+
+
+def _words(totals: object) -> str:
+    return f"{totals[0]} files of {totals[1]} bytes" if isinstance(totals, tuple) else f"{totals}"
+
+
 def _encode_chosen(place: int, job: Job, report: Report, *, chosen: Sequence[int]) -> dict[str, Any]:
     return encode_task(chosen[place], job, report)
 
@@ -110,15 +145,11 @@ def _tasks_of(names: Collection[str], ends: Sequence[int]) -> list[int]:
     return sorted({next(task for task, end in enumerate(ends) if number < end) for number in numbers})
 
 
-def _read_tasks(folder: Path) -> list[int] | None:
-    try:
-        counts: list[int] = json.loads((folder / existing.TASKS_NAME).read_bytes())["train_shards"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return counts
-
-
-def _replace(work: Path, folder: Path, wanted: ShardEntry, made: ShardEntry) -> None:
+def _replace(work: Path, folder: Path, wanted: ShardEntry, made: ShardEntry | None) -> None:
+    if made is None:
+        raise UserError(
+            f"{folder / wanted.name}: its source gives fewer shards now; preprocess again with --force"
+        )
     if (made.xxh3_128, made.file_bytes) != (wanted.xxh3_128, wanted.file_bytes):
         same = made.content_xxh3_128 == wanted.content_xxh3_128
         why = (
@@ -127,6 +158,7 @@ def _replace(work: Path, folder: Path, wanted: ShardEntry, made: ShardEntry) -> 
             else "other tokens"
         )
         raise UserError(
-            f"{folder / wanted.name}: comes out with other bytes ({why}); preprocess again with --force"
+            f"{folder / wanted.name}: comes out with other bytes ({why}): its source has changed since, or a "
+            "program; preprocess again with --force"
         )
     (work / made.name).rename(folder / wanted.name)

@@ -47,13 +47,14 @@ def total(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def write(folder: Path, encoded: Sequence[dict[str, Any]], seconds: dict[str, float]) -> None:
+def write(folder: Path, encoded: Sequence[dict[str, Any]], making: dict[str, Any]) -> None:
     """Write stats.json and seconds.json, and a plot of the lengths where matplotlib is installed.
 
     Args:
         folder: of the data set.
         encoded: results of the encode stage.
-        seconds: of work in each stage, summed over its tasks.
+        making: what is another every time: which start made it, by which encoder, and the seconds of
+            work in each stage, summed over its tasks.
 
     Raises:
         UserError: the disk is full.
@@ -64,7 +65,7 @@ def write(folder: Path, encoded: Sequence[dict[str, Any]], seconds: dict[str, fl
         split["bytes_per_token"] = split["text_bytes"] / split["tokens"] if split["tokens"] else 0.0
     for name, content in (
         (FILE_NAME, {"splits": splits, "left_out": counts["left_out"]}),
-        (SECONDS_NAME, {stage: round(value, 3) for stage, value in seconds.items()}),
+        (SECONDS_NAME, making),
     ):
         write_atomic(folder / name, (json.dumps(content, indent=1) + "\n").encode())
     _plot(folder / PLOT_NAME, splits)
@@ -72,11 +73,20 @@ def write(folder: Path, encoded: Sequence[dict[str, Any]], seconds: dict[str, fl
 
 def read(folder: Path) -> dict[str, Any]:
     """What `write` wrote; empty where there is none."""
+    return _read(folder / FILE_NAME)
+
+
+def read_making(folder: Path) -> dict[str, Any]:
+    """The `making` that `write` wrote; empty where there is none."""
+    return _read(folder / SECONDS_NAME)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        stats: dict[str, Any] = json.loads((folder / FILE_NAME).read_bytes())
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return stats
+    return value if isinstance(value, dict) else {}
 
 
 def _plot(path: Path, splits: dict[str, Any]) -> None:

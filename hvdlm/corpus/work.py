@@ -6,7 +6,7 @@ rename: a claim only spares double work, it never decides what is right.
 
     done/STAGE/00012.json               results; they outlive a crash
     starts/NAME/claims/STAGE/00012      who does a task, made with O_CREAT | O_EXCL
-    starts/NAME/alive/00003.json        one process's counts; its time of change is a sign of life
+    starts/NAME/alive/00003.json        one process's sign of life (`signs.py`)
     starts/NAME/failed.json             what ended this start
     starts/NAME/stopped                 somebody was asked to stop; an element of an array stops alone
 """
@@ -25,6 +25,7 @@ from typing import Any, final
 
 from hvdlm.config import EXIT_CRASH, UserError
 from hvdlm.corpus.crew import Crew
+from hvdlm.corpus.signs import Signs
 from hvdlm.data.files import TEMP_PREFIX, write_atomic
 
 LEASE_S = 180.0
@@ -54,6 +55,9 @@ class Work:
         folder: made here with what is in it.
         crew: who works together.
         wants_stop: whether this process was asked to stop.
+
+    Attributes:
+        signs: to be entered for as long as this process works here.
     """
 
     def __init__(self, folder: Path, crew: Crew, wants_stop: Callable[[], bool]) -> None:
@@ -62,9 +66,9 @@ class Work:
         self._start = folder / "starts" / crew.name
         self._checked_at = 0.0
         self._waiting: dict[str, list[int]] = {}
-        for path in (folder / "done", self._start / "claims", self._start / "alive"):
+        for path in (folder / "done", self._start / "claims"):
             path.mkdir(parents=True, exist_ok=True)
-        self.tell({})
+        self.signs = Signs(folder / "starts", crew.name, crew.rank)
         self._rejoin()
 
     def claim(self, stage: str, count: int) -> int | None:
@@ -152,36 +156,9 @@ class Work:
     def fail(self, error: UserError) -> None:
         """Tell the others what went wrong here; the first to do so is the one they name."""
         record = {"rank": self.crew.rank, "error": str(error), "exit_code": error.exit_code}
-        temp = self._start / f"{TEMP_PREFIX}{self.crew.rank}"
-        # A full disk: the others will meet it too.
-        with suppress(OSError, FileExistsError):
-            temp.write_text(json.dumps(record))
-            os.link(temp, self._start / "failed.json")
-
-    def tell(self, counts: dict[str, Any]) -> None:
-        """Give a sign of life, with what this process has counted."""
-        path = self._sign(self.crew.rank)
-        temp = path.with_name(f"{TEMP_PREFIX}{path.name}")
-        with suppress(OSError):
-            temp.write_text(json.dumps(counts))
-            temp.rename(path)
-
-    def told(self) -> list[dict[str, Any]]:
-        """The newest counts of every process of this start."""
-        counts = []
-        for path in sorted((self._start / "alive").glob("[0-9]*.json")):
-            with suppress(OSError, ValueError):
-                counts.append(json.loads(path.read_bytes()))
-        return counts
-
-    def others_signs(self, *, within_s: float) -> dict[Path, int]:
-        """When the processes of other starts last gave a sign of life, in nanoseconds; old ones left out."""
-        signs = {}
-        for path in (self.folder / "starts").glob("*/alive/[0-9]*.json"):
-            with suppress(FileNotFoundError):
-                if path.parents[1] != self._start and self._age_s(path) < within_s:
-                    signs[path] = path.stat().st_mtime_ns
-        return signs
+        # A full disk: the others will meet it too. What is half written is no JSON, and read again.
+        with suppress(OSError), (self._start / "failed.json").open("x") as file:
+            file.write(json.dumps(record))
 
     def begin_anew(self) -> None:
         """Remove what other starts left: everything, since it is of another data set."""
@@ -215,16 +192,6 @@ class Work:
             failure = self._start / "failed.json"
             if json.loads(failure.read_bytes())["rank"] == self.crew.rank:
                 failure.unlink()
-
-    def _sign(self, rank: int) -> Path:
-        return sign_of_life(self.folder, self.crew.name, rank)
-
-    def _age_s(self, path: Path) -> float:
-        """Seconds between a change and this process's last sign of life.
-
-        Both times are the file server's, whose clock need not be ours.
-        """
-        return self._sign(self.crew.rank).stat().st_mtime - path.stat().st_mtime
 
     def _done(self, stage: str) -> Path:
         return (self._start if stage in _PASSING else self.folder) / "done" / stage
@@ -267,18 +234,12 @@ class Work:
         if owner == self.crew.rank:
             return False
         try:
-            sign = claim if owner is None else self._sign(owner)
-            abandoned = self._age_s(sign) > LEASE_S
+            abandoned = self.signs.age_s(owner, claim) > LEASE_S
         except FileNotFoundError:
             return False
         if abandoned:
             claim.unlink(missing_ok=True)
         return abandoned
-
-
-def sign_of_life(folder: Path, name: str, rank: int) -> Path:
-    """What a process of the start `name` rewrites now and then."""
-    return folder / "starts" / name / "alive" / f"{rank:05d}.json"
 
 
 def _owner(claim: Path) -> int | None:

@@ -22,6 +22,10 @@ STAGED_NAME = re.compile(r"hvdlm-[0-9a-f]{16}")
 """Folders of copies that `data.stage` makes."""
 
 
+RECORD_NAME = "preprocess.json"
+"""What a data set was made from. Written before the shards, so a killed run is known as one."""
+
+
 @contextmanager
 def publishing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, moved onto it when the block ends without an exception.
@@ -125,6 +129,8 @@ def cure(folder: Path) -> str:
     """What to do about a damaged data set, or a damaged copy of its shards on a node's own disk."""
     if STAGED_NAME.fullmatch(folder.name):
         return "start the run again, which looks over what is staged and copies anew what is bad"
+    if not (folder / RECORD_NAME).exists():
+        return "copy the file again, or import the data set again"
     return f"run python -m hvdlm.dataset repair {folder}, or copy the file again"
 
 

@@ -28,11 +28,15 @@ BACKGROUND_BYTES_PER_S = 128e6
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with a file of a data set: in one block of its tokens, or (None) elsewhere."""
+    """Something wrong with a file of a data set: in one block of its tokens, or (None) elsewhere.
+
+    `says_cure`: the message says what to do.
+    """
 
     file: str
     block: int | None
     message: str
+    says_cure: bool = False
 
     @staticmethod
     def in_block(entry: ShardEntry, block: int) -> Problem:
@@ -43,7 +47,8 @@ class Problem:
     @staticmethod
     def unreadable(path: Path, error: Exception) -> Problem:
         """A file that could not be checked."""
-        return Problem(path.name, None, str(error).removeprefix(f"{path}: "))
+        message = str(error).removeprefix(f"{path}: ")
+        return Problem(path.name, None, message, says_cure=isinstance(error, UserError))
 
     def __str__(self) -> str:
         return f"{self.file}: {self.detail}"
@@ -141,7 +146,8 @@ class BackgroundVerifier:
             try:
                 for problem in _verdicts(folder, source.manifest, own, brake):
                     if problem:
-                        self._problem = f"{folder / problem.file}: {problem.detail}; {cure(folder)}"
+                        advice = "" if problem.says_cure else f"; {cure(folder)}"
+                        self._problem = f"{folder / problem.file}: {problem.detail}{advice}"
                         return
                     self._intact[index] += 1
             except Exception as error:

@@ -6,13 +6,15 @@ import argparse
 import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from hvdlm.config import EXIT_DONE, UserError
+from hvdlm.corpus import crew as crews
+from hvdlm.corpus import hold
 from hvdlm.data.chunks import Chunk, by_split, in_vocabulary, with_eos
 from hvdlm.data.entries import SPLITS, TokenizerInfo
 from hvdlm.data.files import TEMP_PREFIX, write_atomic
@@ -31,6 +33,7 @@ DESCRIPTION = (
     "Make a data set from token files, without encoding anything again, in bounded memory. The same files "
     "and options give the same bytes."
 )
+_WORK_NAME = f"{TEMP_PREFIX}import"
 _VAL_FRACTION = 0.05
 _MIN_SHARD_TOKENS = 16
 
@@ -98,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
     info = TokenizerInfo("tokenizer.json", tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id)
     # Every input is looked at here: a truncated one is found before hours of work.
     total_bytes = sum(_token_bytes(path, args.format) for path in (*inputs, *val))
-    with _work_folder(args.out) as work:
+    held = hold.claimed(args.out, _WORK_NAME, wait=False, crew=crews.alone())
+    with held, _work_folder(args.out) as work:
         write_atomic(work / info.file, tokenizer.json_bytes)
         with (
             _writers(work, info, id_bytes(tokenizer), args.shard_tokens) as writers,
@@ -173,21 +177,19 @@ def _writers(
 
 @contextmanager
 def _work_folder(out: Path) -> Iterator[Path]:
-    """A folder inside `out`, which must be new or empty; both are gone if nothing comes of it."""
-    work = out / f"{TEMP_PREFIX}import"
+    """A folder inside `out`, which must be empty but for what was left unfinished; gone in the end."""
+    work = out / _WORK_NAME
     try:
-        if out.exists() and any(not path.name.startswith(TEMP_PREFIX) for path in out.iterdir()):
+        if any(not path.name.startswith(TEMP_PREFIX) for path in out.iterdir()):
             raise UserError(f"{out}: is not empty; choose another --out, or remove it")
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        work.mkdir()
     except OSError as error:
         raise UserError(f"{out}: cannot be made: {error.strerror}; choose another --out") from error
     try:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        with suppress(OSError):
-            out.rmdir()
 
 
 def _install(out: Path, work: Path, writers: dict[str, Repacker], info: TokenizerInfo) -> Manifest:

@@ -169,9 +169,7 @@ def _add_output(parser: argparse.ArgumentParser, default: Options) -> None:
     group.add_argument(
         "--out", type=Path, metavar="DIR", help=f"folder of the data set; for the demo corpus: {DEMO_OUT}"
     )
-    group.add_argument(
-        "--force", action="store_true", help="replace another data set in DIR, or unfinished work"
-    )
+    group.add_argument("--force", action="store_true", help="replace what DIR holds, or work begun otherwise")
     group.add_argument(
         "--shard-tokens",
         type=_count(1),

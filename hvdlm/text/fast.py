@@ -55,6 +55,13 @@ def line(choice: Choice) -> str:
     return f"encoding with Hugging Face tokenizers, not the fast encoder: {why}" if why else ""
 
 
+def can_follow(choice: Choice) -> bool:
+    """Whether this machine has the encoder of a choice, in the version that was checked."""
+    return choice.get("encoder") == REFERENCE["encoder"] or (
+        choice.get("encoder") == PACKAGE and version() == choice.get("version")
+    )
+
+
 def follow(tokenizer: Tokenizer, choice: Choice) -> Tokenizer:
     """Build what a worker encodes with.
 
@@ -70,11 +77,10 @@ def follow(tokenizer: Tokenizer, choice: Choice) -> Tokenizer:
     """
     if choice["encoder"] != PACKAGE:
         return tokenizer
-    found = version()
-    if found != choice["version"]:
+    if not can_follow(choice):
         raise UserError(
-            f"{socket.gethostname()}: has {PACKAGE} {found or 'not at all'}, but this run was planned with "
-            f"{choice['version']}; install the same environment on every node",
+            f"{socket.gethostname()}: has {PACKAGE} {version() or 'not at all'}, but this run was planned "
+            f"with {choice['version']}; install the same environment on every node",
             EXIT_CRASH,
         )
     return _with(tokenizer, GigatokenEncoder(tokenizer.json_bytes))

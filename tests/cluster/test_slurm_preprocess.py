@@ -80,7 +80,7 @@ def test_another_job_on_the_same_folder_is_one_line(pmi: str, corpus: Path, tmp_
     assert second.returncode == 2, second.stdout
     lines = [line for line in second.stdout.splitlines() if line.startswith("hvdlm")]
     assert lines == [
-        f"hvdlm preprocess: error: {tmp_path / 'out'}: another preprocess writes there; wait for it, or "
+        f"hvdlm preprocess: error: {tmp_path / 'out'}: another program writes there; wait for it, or "
         "choose another --out"
     ]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hvdlm.data.files import RECORD_NAME
 from hvdlm.data.manifest import Manifest, TokenizerInfo, write_manifest
 from hvdlm.data.shards import write_shard
 
@@ -32,6 +33,7 @@ def make_data_set(
     """Write shards of so many tokens under names like "train-00000": the manifest, and the ids by name."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_bytes(TOKENIZER_BYTES)
+    (folder / RECORD_NAME).write_text("{}")
     info = tokenizer_info(vocab_size)
     entries, tokens = [], {}
     for seed, (name, count) in enumerate(sizes.items()):

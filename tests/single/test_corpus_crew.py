@@ -76,7 +76,7 @@ def test_no_rank_of_another_start_gets_the_folder(tmp_path: Path, monkeypatch: p
     fd = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     try:
-        for rank, error in ((0, "another preprocess writes there"), (1, "rank 0 was refused")):
+        for rank, error in ((0, "another program writes there"), (1, "rank 0 was refused")):
             with (
                 pytest.raises(UserError, match=error) as caught,
                 hold.claimed(tmp_path, "work", wait=False, crew=Crew("job", rank, 2)),
@@ -94,8 +94,8 @@ def test_where_a_lock_says_nothing_signs_of_life_do(tmp_path: Path, monkeypatch:
     hold.refuse_others(tmp_path, mine)
     with hold.claimed(tmp_path, "work", wait=False, crew=mine.crew) as surely:
         assert not surely
-    timer = threading.Timer(0.4, first.tell, [{}])
+    timer = threading.Timer(0.4, first.signs.give)
     timer.start()
-    with pytest.raises(UserError, match="another preprocess writes there"):
+    with pytest.raises(UserError, match="another program writes there"):
         hold.refuse_others(tmp_path, mine)
     timer.join()

@@ -1,3 +1,5 @@
+import errno
+import os
 import threading
 import time
 from pathlib import Path
@@ -5,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hvdlm.config import UserError
+from hvdlm.corpus import signs
 from hvdlm.corpus import work as works
 from hvdlm.corpus.crew import Crew, alone
 from hvdlm.corpus.encode import encode_task
@@ -96,8 +99,32 @@ def test_claims_of_a_dead_member_are_free_after_a_lease(job: Job, monkeypatch: p
     assert alive.claim("encode", 1) is None
     monkeypatch.setattr(works, "LEASE_S", 0.05)
     time.sleep(0.1)
-    alive.tell({})
+    alive.signs.give()
     assert alive.claim("encode", 1) == 0
+
+
+def test_a_member_in_a_long_library_call_keeps_its_claims(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signs, "_EVERY_S", 0.05)
+    monkeypatch.setattr(works, "LEASE_S", 0.5)
+    busy, other = (at_work(job, Crew("both", rank, 2)) for rank in (0, 1))
+    assert busy.claim("encode", 1) == 0
+    with busy.signs:
+        time.sleep(0.8)
+        other.signs.give()
+        assert other.claim("encode", 1) is None
+    time.sleep(0.7)
+    other.signs.give()
+    assert other.claim("encode", 1) == 0
+
+
+def test_a_failure_is_told_where_files_cannot_be_linked(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    at_work(job, Crew("both", 0, 2)).fail(UserError("no space"))
+    with pytest.raises(PeerError, match="process 0 failed: no space"):
+        at_work(job, Crew("both", 1, 2)).check()
 
 
 def test_a_member_that_was_started_again_takes_its_claims_back(job: Job) -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from hvdlm.config import UserError, run_command
-from hvdlm.corpus import plan
+from hvdlm.corpus import build, plan
 from hvdlm.corpus.repair import repair
 from hvdlm.data.manifest import read_manifest
 from hvdlm.data.verify_all import verify_folder
 from hvdlm.dataset import __main__ as dataset
 from hvdlm.preprocess.__main__ import main
+from hvdlm.text import fast
+from hvdlm.text.gigatoken_encoder import PACKAGE, version
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,36 @@ def test_the_command(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("dataset", lambda: dataset.main(["repair", str(damaged), "--workers", "1"])) == 2
 
 
+def test_a_source_that_was_only_touched_will_do(data: Path, damaged: Path) -> None:
+    before = (damaged / "train-00001.h5").read_bytes()
+    (damaged / "train-00001.h5").unlink()
+    (data / "a.jsonl").touch()
+    repair(damaged, read_manifest(damaged), ["train-00001.h5"], workers=1)
+    assert (damaged / "train-00001.h5").read_bytes() == before
+
+
+def test_repair_encodes_as_preprocess_did(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "FAST_FROM_BYTES", 1)
+    record = json.loads((damaged / "preprocess.json").read_text())
+    out = damaged.parent / "fast"
+    arguments = [record["sources"]["inputs"][0], "--out", out, "--vocab-size", 270, "--dedup", "exact"]
+    arguments += ["--max-errors", 1, "--shard-tokens", 5000, "--workers", 1]
+    assert run_command("preprocess", lambda: main([str(a) for a in arguments])) == 0
+    choice = {"encoder": PACKAGE, "version": version()}
+    assert json.loads((out / "seconds.json").read_text())["encoder"] == choice
+    before, used = (out / "train-00001.h5").read_bytes(), []
+    follow = fast.follow
+    monkeypatch.setattr(fast, "follow", lambda own, chosen: used.append(chosen) or follow(own, chosen))
+    for installed in (version(), "0.0.1"):
+        monkeypatch.setattr(fast, "version", lambda installed=installed: installed)
+        (out / "train-00001.h5").unlink()
+        repair(out, read_manifest(out), ["train-00001.h5"], workers=1)
+        assert (out / "train-00001.h5").read_bytes() == before
+    assert used == [choice, fast.REFERENCE]
+
+
 def test_what_cannot_be_repaired(data: Path, damaged: Path) -> None:
     manifest = read_manifest(damaged)
     with pytest.raises(UserError, match=r"tokenizer\.json: is damaged; copy it"):
@@ -79,9 +111,21 @@ def test_what_cannot_be_repaired(data: Path, damaged: Path) -> None:
     (damaged / "preprocess.json").write_text(
         json.dumps({**record, "inputs": {**record["inputs"], "bytes": 1}})
     )
-    with pytest.raises(UserError, match="its source has changed since"):
+    with pytest.raises(UserError, match=r"its source has changed since \(inputs: 1 files of \d+ bytes"):
         repair(damaged, manifest, ["train-00000.h5"], workers=1)
-    (damaged / "tasks.json").unlink()
+    (damaged / "preprocess.json").write_text(json.dumps({"format": "hvdlm-preprocess"}))
+    with pytest.raises(UserError, match=r"preprocess\.json: is damaged"):
+        repair(damaged, manifest, ["train-00000.h5"], workers=1)
+    (damaged / "preprocess.json").write_text(json.dumps(record))
+    tasks = json.loads((damaged / "tasks.json").read_text())
+    for content in ("[]", '{"train_shards": 3}', '{"train_shards": [1, -1]}', '{"train_shards": ["1"]}'):
+        (damaged / "tasks.json").write_text(content)
+        with pytest.raises(UserError, match=r"tasks\.json: is damaged, or of another source \(tells of 0 "):
+            repair(damaged, manifest, ["train-00000.h5"], workers=1)
+    (damaged / "tasks.json").write_text(json.dumps({"train_shards": [*tasks["train_shards"], 0]}))
+    with pytest.raises(UserError, match=r"tasks\.json: is damaged, or of another source"):
+        repair(damaged, manifest, ["train-00000.h5"], workers=1)
+    (damaged / "preprocess.json").unlink()
     with pytest.raises(UserError, match="does not say what it was made from"):
         repair(damaged, manifest, ["train-00000.h5"], workers=1)
     assert not [*damaged.glob(".tmp-*")]

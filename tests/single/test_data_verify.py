@@ -228,6 +228,30 @@ def test_the_background_verifier_reports_the_first_problem_with_a_cure(data: tup
     )
 
 
+def test_what_to_do_is_said_once_and_can_be_done(data: tuple[Path, Manifest]) -> None:
+    folder, manifest = data
+    path = folder / manifest.shards[0].name
+    whole = path.read_bytes()
+    for imported in (False, True):
+        if imported:
+            (folder / "preprocess.json").unlink()
+        for content in (whole[:-1], whole[:-9] + b"\0" + whole[-8:]):
+            path.write_bytes(content)
+            verifier = BackgroundVerifier([Source(folder, manifest)], share=(0, 1), bytes_per_s=0.0)
+            verifier._thread.join(30)
+            told = verifier.problem()
+            if told is None:
+                continue
+            assert told.count("dataset repair") == (not imported)
+            assert told.count("import the data set again") == imported
+            assert told.count("copy the file again") == 1
+    path.unlink()
+    path.mkdir()
+    verifier = BackgroundVerifier([Source(folder, manifest)], share=(0, 1), bytes_per_s=0.0)
+    verifier._thread.join(30)
+    assert "not a regular file" in str(verifier.problem())
+
+
 def test_the_background_verifier_goes_through_all_sources(
     data: tuple[Path, Manifest], tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import foreign
 import numpy as np
@@ -12,12 +13,13 @@ import pytest
 import xxhash
 from data_sets import flip_bit, make_data_set
 
-from hvdlm.config import UserError
+from hvdlm.config import UserError, run_command
 from hvdlm.data import chunks, megatron
 from hvdlm.data.chunks import Chunk, by_split
 from hvdlm.data.documents import read_document
 from hvdlm.data.manifest import Manifest, read_manifest
 from hvdlm.data.verify_all import verify_folder
+from hvdlm.dataset import import_
 from hvdlm.dataset.__main__ import main
 from hvdlm.text import TOKENIZERS
 from hvdlm.text.tokenizer import from_library
@@ -291,6 +293,30 @@ def test_a_mutated_index_is_one_line_or_the_same_documents(tmp_path: Path, token
         together = joined(documents_of(out, "train"))
         assert [id for id in together if id != END] == joined(plain)
     assert refusals > 100
+
+
+def test_two_imports_into_one_folder(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second is refused, and the first one's work is left alone."""
+    np.array(joined([[*ids, END] for ids in texts(400)]), "<u2").tofile(tmp_path / "a.bin")
+    arguments = ["import", str(tmp_path / "a.bin"), "--format", "nanogpt", "--tokenizer", str(tokenizer)]
+    arguments += ["--out", str(tmp_path / "out")]
+    read, codes = import_.read_nanogpt, list[int]()
+
+    def run() -> int:
+        return run_command("dataset", lambda: main(arguments))
+
+    def read_while_another_begins(*args: Any) -> Any:
+        monkeypatch.setattr(import_, "read_nanogpt", read)
+        codes.append(run())
+        return read(*args)
+
+    monkeypatch.setattr(import_, "read_nanogpt", read_while_another_begins)
+    assert run() == 0
+    assert codes == [2]
+    assert "another program writes there; wait for it" in capsys.readouterr().err
+    assert verify_folder(tmp_path / "out") == []
 
 
 def test_bad_usage_is_one_line(tmp_path: Path, tokenizer: Path) -> None:

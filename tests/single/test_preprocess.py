@@ -357,7 +357,7 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "a.txt").write_text("a\nb\nc\nd\n")
     with hold.claimed(tmp_path / "out", existing.WORK_NAME, wait=False, crew=alone()):
         assert run(tmp_path / "a.txt", "--out", tmp_path / "out") == 2
-    assert "another preprocess writes there" in capsys.readouterr().err
+    assert "another program writes there" in capsys.readouterr().err
 
 
 @pytest.fixture
