@@ -8,6 +8,7 @@ imports MPI; in a rank, the first failure is printed and ends all ranks.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,9 @@ import pytest
 from tests import helpers
 
 RANK_LIMIT_S = 120
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # `command &` in a shell without job control: what is started here would ignore Ctrl-C, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 IN_RANK = "HVDLM_TEST_RANKS" in os.environ
 
 

@@ -28,6 +28,7 @@ class Planned:
 
     Attributes:
         options: as Slurm will see them.
+        script: the batch script.
         arguments: of sbatch, the script and its own among them.
         site: whose file.
         config: of the run.
@@ -36,6 +37,7 @@ class Planned:
     """
 
     options: Options
+    script: Path
     arguments: Sequence[str]
     site: Site
     config: RunConfig
@@ -122,6 +124,9 @@ def _tasks(options: Options) -> Iterator[Finding]:
 
 def _launcher(job: Planned) -> Iterator[Finding]:
     mpi = job.site.mpi
+    # train_elastic.sh starts its workers by itself.
+    if "${HVDLM_MPI" not in job.script.read_text():
+        return
     if mpi == "mpirun":
         if job.options.get("nodes") == "1":
             yield _finding(

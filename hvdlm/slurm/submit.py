@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         | batch_script.of_variables(os.environ | site.variables)
         | batch_script.of_words(options)
     )
-    findings = lint(Planned(as_seen, arguments, site, config, folder, args.chain))
+    findings = lint(Planned(as_seen, script, arguments, site, config, folder, args.chain))
     for finding in findings:
         print(line(finding), file=sys.stderr, flush=True)
     if any(finding.state == "fail" for finding in findings):

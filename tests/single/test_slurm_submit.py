@@ -22,9 +22,10 @@ SCRIPT = SCRIPTS / "train_64gpu.sh"
 
 def findings(tmp_path: Path, words: str = "", **fields: Any) -> dict[str, str]:
     """State of each finding about the shipped script with more options."""
-    options = batch_script.of_script(SCRIPT) | batch_script.of_words(words.split())
+    script = fields.pop("script", SCRIPT)
+    options = batch_script.of_script(script) | batch_script.of_words(words.split())
     site = Site(tmp_path / "x.env", {"HVDLM_MPI": fields.pop("mpi", "mpirun")})
-    job = replace(Planned(options, [], site, RunConfig(), tmp_path / "run", 3), **fields)
+    job = replace(Planned(options, script, [], site, RunConfig(), tmp_path / "run", 3), **fields)
     checks = [*lints._run(job), *lints._data(job.config.data), *lints._tasks(options)]
     checks += [*lints._launcher(job), *lints._signal(options), *lints._time(job)]
     return {finding.name: finding.state for finding in checks}
@@ -56,9 +57,15 @@ def test_what_is_wrong_with_options(words: str, expected: dict[str, str], tmp_pa
     assert findings(tmp_path, words) == expected
 
 
+def test_a_script_that_starts_ranks_by_itself_is_told_nothing_of_launchers(tmp_path: Path) -> None:
+    words = "--nodes=1 --ntasks-per-node=8"
+    assert "launcher" in findings(tmp_path, words)
+    assert "launcher" not in findings(tmp_path, words, script=SCRIPTS / "train_elastic.sh")
+
+
 def test_without_a_signal_the_run_s_own_margin_counts(tmp_path: Path) -> None:
     options = batch_script.of_words(["--time=2"])
-    job = Planned(options, [], Site(tmp_path, {}), RunConfig(), tmp_path, 1)
+    job = Planned(options, SCRIPT, [], Site(tmp_path, {}), RunConfig(), tmp_path, 1)
     assert [f.state for f in lints._signal(options)] == ["warn"]
     assert "train.stop_margin_s 120 s" in next(lints._time(job)).found
 
