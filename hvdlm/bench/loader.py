@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, final
@@ -27,7 +28,7 @@ import torch
 from hvdlm.bench import readers
 from hvdlm.config import UserError
 from hvdlm.data.entries import TokenizerInfo
-from hvdlm.data.manifest import write_manifest
+from hvdlm.data.manifest import read_manifest, write_manifest
 from hvdlm.data.shards import write_shard
 from hvdlm.data.sources import read_sources
 from hvdlm.data.verify import BackgroundVerifier
@@ -49,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--windows", type=int, default=1_000_000, help="windows over which memory is watched (default: 10^6)"
     )
     parser.add_argument(
+        "--open-shards", type=int, default=10_000, help="shards of a data set that is opened (default: 10^4)"
+    )
+    parser.add_argument(
         "--only",
         default="",
         metavar="NAME,...",
@@ -61,7 +65,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     Returns:
         `us`: median microseconds a batch by reader; `ratios`: how many times the loader's time; `memory_mib`:
-        how much the loader's process grew over `windows` windows; `rounds`; `versions`.
+        how much the loader's process grew over `windows` windows; `open_s`: seconds until a data set of
+        `open_shards` shards can be read; `rounds`; `versions`.
     """
     chosen = [name for name in args.only.split(",") if name] or list(readers.installed())
     with tempfile.TemporaryDirectory(prefix="hvdlm-bench-") as name, contextlib.ExitStack() as running:
@@ -72,7 +77,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             running.callback(racer.close)
         seconds = _rounds(racers, args.rounds, args.slice_s)
         growth = racers[_OWN].ask("memory", args.windows)
-    return _summary(seconds) | {"memory_mib": growth, "windows": args.windows, "versions": _versions()}
+    return {
+        **_summary(seconds),
+        "memory_mib": growth,
+        "windows": args.windows,
+        "open_shards": args.open_shards,
+        "open_s": open_seconds(args.open_shards),
+        "versions": _versions(),
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -82,6 +94,7 @@ def table(result: dict[str, Any]) -> str:
         rate = readers.BATCH / us * 1e6
         lines.append(f"{name:<18} {us:10.1f} {rate:10,.0f} {result['ratios'][name]:8.2f}")
     lines.append(f"memory: {result['memory_mib']:+.1f} MiB over {result['windows']:,} windows")
+    lines.append(f"opening {result['open_shards']:,} shards: {result['open_s']:.2f} s")
     lines.append(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
     return "\n".join(lines)
 
@@ -100,6 +113,25 @@ def write_data(folder: Path, tokens: int, shards: int) -> None:
             path = folder / f"train-{shard:05}.h5"
             entries.append(write_shard(path, ids, offsets, split="train", text_bytes=1, tokenizer=info))
     write_manifest(folder, entries, tokenizer=info)
+
+
+def open_seconds(shards: int) -> float:
+    """Seconds until the first batch is there: manifest read, sizes compared, no shard but its own opened.
+
+    The shards are one file under many names.
+    """
+    with tempfile.TemporaryDirectory(prefix="hvdlm-bench-") as name:
+        folder = Path(name)
+        write_data(folder, readers.SEQ_LEN * 4, 1)
+        (first,) = read_manifest(folder).shards
+        entries = [replace(first, name=f"train-{i:05}.h5") for i in range(shards)]
+        for entry in entries[1:]:
+            (folder / entry.name).hardlink_to(folder / first.name)
+        write_manifest(folder, entries, tokenizer=read_manifest(folder).tokenizer)
+        begin = time.perf_counter()
+        with contextlib.closing(readers.hvdlm_loader(folder)) as source:
+            next(source)
+            return time.perf_counter() - begin
 
 
 @final

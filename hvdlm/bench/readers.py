@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,9 @@ _LITDATA_ITEM_TOKENS = 1 << 16  # Its chunks end between items.
 Reader = Callable[[Path], Iterator[Any]]
 
 
-def hvdlm_loader(folder: Path, *, prefetch_steps: int = 0, document_mask: bool = False) -> Iterator[Any]:
+def hvdlm_loader(
+    folder: Path, *, prefetch_steps: int = 0, document_mask: bool = False
+) -> Generator[Any, None, None]:
     """This project's loader: order, look-up, checks; in this thread, or read ahead by its own."""
     plan = BatchPlan(SEQ_LEN, BATCH, BATCH, seed=0, document_mask=document_mask)
     sources = read_sources([str(folder)])

@@ -41,6 +41,8 @@ def test_it_reports_what_it_timed(capsys) -> None:
         "0.01",
         "--windows",
         "160",
+        "--open-shards",
+        "50",
         "--only",
         "nanoGPT",
     ]
@@ -48,4 +50,6 @@ def test_it_reports_what_it_timed(capsys) -> None:
     result = json.loads(capsys.readouterr().out)
     assert list(result["us"]) == ["hvdlm", "nanoGPT", "hvdlm verifying"]
     assert result["ratios"]["hvdlm"] == 1.0
+    assert result["open_shards"] == 50
+    assert result["open_s"] > 0
     assert min(result["us"].values()) > 0
