@@ -255,6 +255,8 @@ def _tokenizer(options: Options, job: Job, opened: dict[str, Any], progress: Pro
         if fast.line(choice):
             print(f"hvdlm preprocess: {fast.line(choice)}", file=sys.stderr, flush=True)
         job.write_choice(choice)
+        del reference
+        memory.give_back()
     return {"seconds": time.monotonic() - begun}
 
 

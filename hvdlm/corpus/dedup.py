@@ -99,6 +99,14 @@ def drops_of(task: int, job: Job) -> np.ndarray:
     return np.sort(np.concatenate(found)).astype(np.int64)
 
 
+def drop_mask(task: int, job: Job) -> bytes:
+    """For each document of a task, up to its last duplicate: 1 where it is one."""
+    places = drops_of(task, job)
+    mask = np.zeros(int(places[-1]) + 1 if len(places) else 0, np.uint8)
+    mask[places] = 1
+    return mask.tobytes()
+
+
 def _save_run(job: Job, task: int, run: int, digests: bytearray) -> None:
     """Write a run of a task: each hash once, sorted, and the places of its other copies."""
     hashes = np.frombuffer(bytes(digests), ">u8").reshape(-1, 2)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from hvdlm.config import EXIT_CRASH, EXIT_USAGE, UserError
-from hvdlm.corpus.dedup import drops_of
+from hvdlm.corpus.dedup import drop_mask
 from hvdlm.corpus.documents import Rejects, kept_documents, split_of
 from hvdlm.corpus.job import Job, Report, Tally
 from hvdlm.corpus.piles import Pile, PileWriter, remove, save_in_order
@@ -146,10 +146,9 @@ def _batches(task: Task, job: Job, rejects: Rejects) -> Iterator[tuple[list[Part
     """Parts to encode in one call, and how many bytes of the task are read by then."""
     parts: list[Part] = []
     chars = done_bytes = 0
-    duplicates, next_duplicate = drops_of(task.index, job), 0
+    drops = drop_mask(task.index, job)
     for number, (text, done_bytes) in enumerate(kept_documents(task, job, rejects)):
-        if next_duplicate < len(duplicates) and number == duplicates[next_duplicate]:
-            next_duplicate += 1
+        if number < len(drops) and drops[number]:
             rejects.count("duplicate")
             continue
         split, pieces = split_of(task, text, job.val_fraction), cut(text)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Generator, Iterator
+from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 from hvdlm.config import UserError
 
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 8 << 20
+_BUFFER_BYTES, _LONG_BYTES = 4 << 20, 32 << 20
 
 
 def row_group_bytes(path: str, field: str) -> list[int]:
@@ -29,7 +34,7 @@ def row_group_bytes(path: str, field: str) -> list[int]:
         return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
 
 
-def read_rows(path: str, field: str, groups: range) -> Iterator[tuple[int, bytes | None, float]]:
+def read_rows(path: str, field: str, groups: range) -> Iterator[tuple[int, memoryview | None, float]]:
     """Read one column of some row groups, a few hundred rows or some megabytes at a time.
 
     Args:
@@ -38,49 +43,80 @@ def read_rows(path: str, field: str, groups: range) -> Iterator[tuple[int, bytes
         groups: which row groups.
 
     Yields:
-        Row number counted from 1 in the file, the text's bytes or None for null, and the part
-        of the row groups' rows read so far.
+        Row number counted from 1 in the file, the text's bytes (as they lie in pyarrow's memory) or None
+        for null, and the part of the row groups' rows read so far.
 
     Raises:
         UserError: damaged.
     """
-    import pyarrow as pa
-
     with _open(path) as file:
-        row = sum(file.metadata.row_group(i).num_rows for i in range(groups.start))
-        rows, done = sum(file.metadata.row_group(i).num_rows for i in groups), 0
-        at_once = _rows_at_once(file.metadata, field, groups)
+        metadata = file.metadata
+    counts = [metadata.row_group(i).num_rows for i in range(groups.stop)]
+    row, rows, done = sum(counts[: groups.start]), sum(counts[groups.start :]), 0
+    for group in groups:
+        read = 0
+        while read < counts[group]:
+            cells = _cells_of(path, field, group, skip=read, metadata=metadata)
+            for cell in cells:
+                row, done, read = row + 1, done + 1, read + 1
+                is_long = cell is not None and len(cell) >= _LONG_BYTES
+                if is_long:
+                    # The reader holds three times as much of it.
+                    cells.close()
+                yield row, cell, done / rows
+                if is_long:
+                    break
+
+
+def _cells_of(
+    path: str, field: str, group: int, *, skip: int, metadata: Any
+) -> Generator[memoryview | None, None, None]:
+    """The cells of one column of a row group from the one after `skip` on."""
+    with _open(path, metadata) as file:
+        import pyarrow as pa
+
         try:
-            for batch in file.iter_batches(at_once, list(groups), [field], use_threads=False):
-                column = batch.column(0)
+            for batch in file.iter_batches(
+                _rows_at_once(metadata, field, group), [group], [field], use_threads=False
+            ):
+                column = batch.column(0)[skip:]
+                skip = max(0, skip - batch.num_rows)
                 if pa.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
                 # As bytes: a text that is not UTF-8 is for the caller's policy, not an exception here.
-                for cell in column.cast(pa.large_binary()):
-                    row, done = row + 1, done + 1
-                    yield row, cell.as_py(), done / rows
+                yield from _cells(column.cast(pa.large_binary()))
         except (pa.ArrowException, OSError) as error:
             raise _damaged(path, error) from None
 
 
-def _rows_at_once(metadata: Any, field: str, groups: range) -> int:
-    """Rows of which a batch has some megabytes, by the mean of the row group with the longest."""
-    means = [1.0]
-    for group in (metadata.row_group(i) for i in groups):
-        columns = (group.column(i) for i in range(group.num_columns))
-        size_bytes = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == field)
-        means.append(size_bytes / max(group.num_rows, 1))
-    return max(1, min(_ROWS_AT_ONCE, int(_BYTES_AT_ONCE / max(means))))
+def _cells(column: Any) -> Iterator[memoryview | None]:
+    """The cells of a large_binary array where they lie: pyarrow's own scalars would copy them."""
+    _, offsets, data = column.buffers()
+    bounds = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1].tolist()
+    content = memoryview(data if data is not None else b"").cast("B")
+    for valid, (first, end) in zip(column.is_valid().to_pylist(), pairwise(bounds), strict=True):
+        yield content[first:end] if valid else None
 
 
-def _open(path: str) -> Any:
+def _rows_at_once(metadata: Any, field: str, group: int) -> int:
+    """Rows of which a batch has some megabytes, by their mean in the row group."""
+    own = metadata.row_group(group)
+    columns = (own.column(i) for i in range(own.num_columns))
+    size_bytes = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == field)
+    return int(max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE * own.num_rows // max(size_bytes, 1))))
+
+
+def _open(path: str, metadata: Any = None) -> Any:
+    # Read at the first import: arrow's allocator keeps what was freed, half a GB after a long document.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise UserError(f"{path}: reading .parquet needs pyarrow; run: pip install pyarrow") from None
     try:
-        return pq.ParquetFile(path)
+        # By default the compressed column of a whole row group is read at once.
+        return pq.ParquetFile(path, metadata=metadata, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from None
 

@@ -145,7 +145,10 @@ def _records(piece: Piece, options: ReadOptions) -> Iterator[Document]:
 
 
 def _document(
-    text_of: Callable[[Any, ReadOptions], str | None], raw: bytes | None, options: ReadOptions, at: Document
+    text_of: Callable[[Any, ReadOptions], str | None],
+    raw: bytes | memoryview | None,
+    options: ReadOptions,
+    at: Document,
 ) -> Document:
     """The document at a place: its text, or what is wrong with it."""
     try:
@@ -159,7 +162,7 @@ def _check_unchanged(piece: Piece) -> None:
         raise UserError(f"{piece.path}: was changed while it was read; run again when nobody writes to it")
 
 
-def _text_of_cell(raw: bytes | None, options: ReadOptions) -> str | None:
+def _text_of_cell(raw: memoryview | None, options: ReadOptions) -> str | None:
     if raw is None:
         raise _BadRecordError(f"column {options.field!r} is null, needed a string; remove such rows")
     if len(raw) > MAX_DOCUMENT_BYTES:
@@ -200,15 +203,15 @@ def _parse(line: str) -> object:
         raise _BadRecordError(f"not JSON ({reason}); needed one object a line; repair the line") from None
 
 
-def _decode(raw: bytes, options: ReadOptions) -> str | None:
+def _decode(raw: bytes | memoryview, options: ReadOptions) -> str | None:
     try:
-        return raw.decode()
+        return str(raw, "utf-8")
     except UnicodeDecodeError as error:
         if options.invalid == "skip":
             return None
         if options.invalid == "replace":
-            return raw.decode(errors="replace")
-        kind = next((kind for magic, kind in _MAGIC.items() if raw.startswith(magic)), "")
+            return str(raw, "utf-8", "replace")
+        kind = next((kind for magic, kind in _MAGIC.items() if bytes(raw[:8]).startswith(magic)), "")
         raise _BadRecordError(
             f"not UTF-8 text (byte 0x{raw[error.start]:02x} at offset {error.start})"
             f"{f', it looks like {kind}' if kind else ''}; "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hvdlm.corpus.dedup import drops_of
+from hvdlm.corpus.dedup import drop_mask
 from hvdlm.corpus.documents import Kept, Rejects, kept_documents, split_of
 from hvdlm.corpus.job import Job, Report, Tally
+from hvdlm.text.distinct import DISTINCT_BYTES, until_full
 from hvdlm.text.fast import SAMPLE_CHARS
 from hvdlm.text.pieces import cut
 
@@ -16,7 +17,7 @@ MAX_BYTES = 256 << 20
 
 
 def training_texts(job: Job, tasks: int, *, total_bytes: int, report: Report) -> Iterator[str]:
-    """Yield the texts of the training split, in the order of the plan.
+    """Yield the texts of the training split in the order of the plan, cut, as many as a trainer can hold.
 
     Args:
         job: says how documents are read and kept; what goes to validation is left out.
@@ -27,7 +28,10 @@ def training_texts(job: Job, tasks: int, *, total_bytes: int, report: Report) ->
     Raises:
         UserError: bad input.
     """
-    share = share_bytes(tasks, total_bytes)
+    yield from until_full(_pieces(job, tasks, share_bytes(tasks, total_bytes), report), DISTINCT_BYTES)
+
+
+def _pieces(job: Job, tasks: int, share: int, report: Report) -> Iterator[str]:
     for index in range(tasks):
         task, left, told = job.task(index), share, 0
         if task.split == "val":
@@ -36,17 +40,18 @@ def training_texts(job: Job, tasks: int, *, total_bytes: int, report: Report) ->
             report(Tally(done_bytes - told))
             told = done_bytes
             if split_of(task, text, job.val_fraction) == "train":
-                left -= sum(len(piece.encode()) for piece in cut(text))
-                yield text
+                for piece in cut(text):
+                    left -= len(piece.encode())
+                    yield piece
             if left <= 0:
                 break
 
 
 def unique_documents(job: Job, index: int) -> Iterator[Kept]:
     """The kept documents of a task without duplicates."""
-    duplicates = set(drops_of(index, job).tolist())
-    documents = kept_documents(job.task(index), job, Rejects(job.keep.max_errors))
-    return (document for number, document in enumerate(documents) if number not in duplicates)
+    drops = drop_mask(index, job)
+    documents = enumerate(kept_documents(job.task(index), job, Rejects(job.keep.max_errors)))
+    return (document for number, document in documents if number >= len(drops) or not drops[number])
 
 
 def share_bytes(tasks: int, total_bytes: int) -> int:

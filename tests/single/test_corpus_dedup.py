@@ -87,6 +87,8 @@ def test_however_often_a_text_occurs_a_run_has_it_once(tmp_path: Path) -> None:
     dedup.hash_task(0, job, lambda tally: None)
     assert (work / "hashes-00000-0.bin").stat().st_size == 2 * dedup._HASH.itemsize
     assert dedup.drops_of(0, job).tolist() == [*range(1, 500)]
+    assert dedup.drop_mask(0, job) == b"\0" + b"\1" * 499
+    assert dedup.drop_mask(0, Job(work)) == b""
 
 
 def test_without_dedup_nothing_is_dropped(job: Job) -> None:

@@ -115,13 +115,36 @@ def test_what_is_too_long_for_one_document(tmp_path: Path, monkeypatch: pytest.M
     assert failure(tmp_path / "a.parquet").startswith("row 1: 17 bytes, at most 16 can be")
 
 
+@pytest.mark.parametrize("long_bytes", [1, 5, 7])
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+def test_a_reader_is_put_away_at_a_long_row(
+    long_bytes: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["", "a", None, "long 1", "b\0", "long 2", "long 3", "中" * 2, None, "end"]
+    for dictionary in (False, True):
+        column = pa.array(texts)
+        table = pa.table({"n": [1] * 10, "text": column.dictionary_encode() if dictionary else column})
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=rows)
+        monkeypatch.setattr(parquet, "_LONG_BYTES", long_bytes)
+        monkeypatch.setattr(parquet, "_ROWS_AT_ONCE", 2)
+        groups = pq.ParquetFile(tmp_path / "a.parquet").num_row_groups
+        found = [
+            (row, None if cell is None else bytes(cell).decode())
+            for first in range(groups)
+            for row, cell, _ in parquet.read_rows(
+                str(tmp_path / "a.parquet"), "text", range(first, first + 1)
+            )
+        ]
+        assert found == [*enumerate(texts, 1)]
+
+
 def test_rows_and_chunks_in_memory_are_bounded_in_bytes(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     noise = random.Random(0).randbytes(1 << 20).hex()
     pq.write_table(pa.table({"text": [noise[i:] for i in range(8)], "note": ["y"] * 8}), path)
     with pq.ParquetFile(path) as file:
-        assert 1 <= parquet._rows_at_once(file.metadata, "text", range(1)) <= 4
-        assert parquet._rows_at_once(file.metadata, "note", range(1)) == 256
+        assert 1 <= parquet._rows_at_once(file.metadata, "text", 0) <= 4
+        assert parquet._rows_at_once(file.metadata, "note", 0) == 256
     blank = tmp_path / "a.jsonl.zst"
     blank.write_bytes(zstandard.ZstdCompressor().compress(b"\n" * (256 << 20)))
     with blank.open("rb") as source:

@@ -18,6 +18,8 @@ from typing import Any
 import h5py
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hvdlm.config import run_command
@@ -165,6 +167,41 @@ def test_it_needs_no_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def peak_mib(*arguments: str) -> int:
+    """Peak of resident memory of the command, in a process of its own.
+
+    Not getrusage: its peak begins with the memory of the process that started this one.
+    """
+    code = (
+        "import sys; from hvdlm.preprocess.__main__ import main; code = main(sys.argv[1:]); "
+        "[print(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')]; sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1]) // 1024
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_a_document_of_200_mb_takes_less_than_a_gibibyte(kind: str, tmp_path: Path) -> None:
+    """With a BPE trained on it; its words are random, so there are more of them than in real text."""
+    rng = np.random.default_rng(0)
+    letters = rng.integers(97, 123, 200_000_000, dtype=np.uint8)
+    letters[rng.random(len(letters), np.float32) < 1 / 6] = ord(" ")
+    text, path = letters.tobytes().decode(), tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": [text]}), path)
+    else:
+        path.write_text(text if kind == "txt" else json.dumps({"text": text}) + "\n")
+    (tmp_path / "val.txt").write_text("short")
+    arguments = [str(path), "--val", str(tmp_path / "val.txt"), "--out", str(tmp_path / "out")]
+    peak = peak_mib(*arguments, "--tokenizer", "bpe", "--vocab-size", "8192", "--workers", "1")
+    print(f"{kind}: {peak} MiB")
+    assert peak < 1024
+    assert read_manifest(tmp_path / "out").text_bytes("train") == len(text)
+
+
 def test_a_line_of_50_mb_in_bounded_memory(tmp_path: Path) -> None:
     """Chinese, emoji and a NUL in one line; the process is a new one, because its peak memory counts."""
     text = "人人生而自由👩\u200d👩\u200d👧 e\u0301\x00 " * (50_000_000 // 50)
@@ -173,15 +210,7 @@ def test_a_line_of_50_mb_in_bounded_memory(tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("short")
     out = tmp_path / "out"
     arguments = [str(tmp_path / "a.jsonl"), "--val", str(tmp_path / "val.txt"), "--out", str(out)]
-    # Not getrusage: its peak begins with the memory of the process that started this one.
-    code = (
-        "import sys; from hvdlm.preprocess.__main__ import main; code = main(sys.argv[1:]); "
-        "[print(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')]; sys.exit(code)"
-    )
-    command = [sys.executable, "-c", code, *arguments, "--tokenizer", "byte", "--workers", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) < 350 * 1024
+    assert peak_mib(*arguments, "--tokenizer", "byte", "--workers", "1") < 350
     with h5py.File(out / "train-00000.h5") as file:
         assert file["tokens"].shape == (len(text.encode()) + 1,)
         assert bytes(file["tokens"][:100].astype(np.uint8)) == text.encode()[:100]
