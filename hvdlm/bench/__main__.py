@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from hvdlm.bench import allreduce, loader, preprocess, save, step
+from hvdlm.bench import allreduce, loader, preprocess, save, scaling, step
 from hvdlm.config import EXIT_DONE, run_command
 
 BENCHMARKS = {
@@ -14,6 +14,7 @@ BENCHMARKS = {
     "loader": loader,
     "preprocess": preprocess,
     "save": save,
+    "scaling": scaling,
     "step": step,
 }
 

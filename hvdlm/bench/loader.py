@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import multiprocessing
 import statistics
 import sys
@@ -25,7 +24,7 @@ import numpy as np
 import psutil
 import torch
 
-from hvdlm.bench import readers
+from hvdlm.bench import readers, versions
 from hvdlm.config import UserError
 from hvdlm.data.entries import TokenizerInfo
 from hvdlm.data.manifest import read_manifest, write_manifest
@@ -83,7 +82,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "windows": args.windows,
         "open_shards": args.open_shards,
         "open_s": open_seconds(args.open_shards),
-        "versions": _versions(),
+        "versions": versions.installed(_LIBRARIES),
     }
 
 
@@ -95,7 +94,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{name:<18} {us:10.1f} {rate:10,.0f} {result['ratios'][name]:8.2f}")
     lines.append(f"memory: {result['memory_mib']:+.1f} MiB over {result['windows']:,} windows")
     lines.append(f"opening {result['open_shards']:,} shards: {result['open_s']:.2f} s")
-    lines.append(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
+    lines.append(versions.line(result["versions"]))
     return "\n".join(lines)
 
 
@@ -240,11 +239,3 @@ def _summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
         },
         "rounds": len(own),
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from hvdlm.bench import versions
 from hvdlm.config import EXIT_CRASH, UserError
 from hvdlm.corpus import stdlib
 from hvdlm.corpus.encode import encode_task
 from hvdlm.corpus.job import TOKENIZER_NAME, Job
 from hvdlm.corpus.plan import Piece, Task
 from hvdlm.corpus.pool import one_thread
-from hvdlm.text import bpe, fast
+from hvdlm.text import bpe, fast, gigatoken_encoder
 from hvdlm.text.tokenizer import Tokenizer, from_library
 
 VOCAB_SIZES = (stdlib.VOCAB_SIZE, bpe.DEFAULT_VOCAB_SIZE)
@@ -49,8 +50,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Time every way in turn, round after round.
 
     Returns:
-        `text_mb`; and for each tokenizer `encoder` (of the choice), the median `mb_per_s` of each way,
-        and the median over rounds of `end_to_end` / bare, and of each way / `hugging_face`.
+        `text_mb`; `versions`; and for each tokenizer `encoder` (of the choice), the median `mb_per_s` of each
+        way, and the median over rounds of `end_to_end` / bare, and of each way / `hugging_face`.
 
     Raises:
         UserError: the fast encoder was chosen and gave other ids on the whole text.
@@ -66,7 +67,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             ways = _ways(task, texts, reference, choice, Path(folder))
             rounds = [{way.name: _seconds(way) for way in ways} for _ in range(args.rounds + 1)][1:]
         results.append({"vocab_size": vocab_size, **choice, **_summary(rounds, text_mb)})
-    return {"text_mb": text_mb, "rounds": args.rounds, "tokenizers": results}
+    return {
+        "text_mb": text_mb,
+        "rounds": args.rounds,
+        "tokenizers": results,
+        "versions": versions.installed(("tokenizers", gigatoken_encoder.PACKAGE, "numpy")),
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -79,7 +85,7 @@ def table(result: dict[str, Any]) -> str:
             if name in one["times_bare"]:
                 ratios.append(f"{one['times_bare'][name]:.2f} of the bare tokenizer")
             lines.append(f"  {name:<18} {mb_per_s:8.2f} MB/s   {', '.join(ratios)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, versions.line(result["versions"])])
 
 
 def _task(size_bytes: int) -> Task:

@@ -249,7 +249,7 @@ def _tokenizer(options: Options, job: Job, opened: dict[str, Any], progress: Pro
         trained = from_library(builder(texts, opened["vocab_size"]))
         write_atomic(job.folder / TOKENIZER_NAME, trained.json_bytes)
         memory.give_back()
-    if opened["bytes"] >= FAST_FROM_BYTES:
+    if options.encoder == "auto" and opened["bytes"] >= FAST_FROM_BYTES:
         reference = tokenizers.load(job.folder / TOKENIZER_NAME, eos=job.eos)
         choice = fast.check(reference, sample_texts(job, opened["tasks"]))
         if fast.line(choice):

@@ -39,6 +39,8 @@ class Options:
         val: inputs for validation, instead of a share.
         shard_tokens: tokens a shard at most.
         seed: of the order of documents.
+        encoder: "auto": the fast one where its ids are equal; "reference": Hugging Face tokenizers. It does
+            not show in the data set.
     """
 
     out: Path
@@ -52,6 +54,7 @@ class Options:
     val: tuple[str, ...] = ()
     shard_tokens: int = MAX_SHARD_TOKENS
     seed: int = 0
+    encoder: str = "auto"
 
 
 @dataclass(frozen=True)

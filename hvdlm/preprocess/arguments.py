@@ -45,6 +45,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Options, int, bool]:
         val=tuple(args.val),
         shard_tokens=args.shard_tokens,
         seed=args.seed,
+        encoder=args.encoder,
     )
     return options, args.workers, args.force
 
@@ -117,6 +118,13 @@ def _add_tokenizer(parser: argparse.ArgumentParser, default: Options) -> None:
         default=default.eos,
         metavar="TOKEN",
         help="token of a tokenizer.json that ends a document; default: by its usual names",
+    )
+    group.add_argument(
+        "--encoder",
+        choices=("auto", "reference"),
+        default=default.encoder,
+        help="auto: a large input is encoded by the fast encoder, if it gives a sample of it the ids of the "
+        "reference, Hugging Face tokenizers",
     )
 
 

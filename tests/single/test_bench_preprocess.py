@@ -20,3 +20,4 @@ def test_every_way_is_measured(capsys: pytest.CaptureFixture[str], monkeypatch: 
         assert list(one["times_bare"]) == ["end_to_end", "fast_end_to_end"]
         assert all(value > 0 for value in one["mb_per_s"].values())
     assert preprocess.table(result).count("of the bare tokenizer") == 4
+    assert list(result["versions"]) == ["tokenizers", "gigatoken", "numpy"]

@@ -135,6 +135,10 @@ def test_the_fast_encoder_does_not_show(
     assert run(corpus, "--out", tmp_path / "fast", *arguments) == 0
     assert len(used) > 800
     assert contents(tmp_path / "fast") == contents(tmp_path / "reference")
+    used.clear()
+    assert run(corpus, "--out", tmp_path / "asked", *arguments, "--encoder", "reference") == 0
+    assert not used
+    assert contents(tmp_path / "asked") == contents(tmp_path / "reference")
     monkeypatch.setattr(GigatokenEncoder, "encode", lambda self, text: encode(self, f"{text}x"))
     assert run(corpus, "--out", tmp_path / "wrong", *arguments) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "not the fast encoder" in line]
