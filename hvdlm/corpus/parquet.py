@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -28,10 +29,14 @@ def row_group_bytes(path: str, field: str) -> list[int]:
     Raises:
         UserError: not a Parquet file, or without a column of strings of that name.
     """
-    with _open(path) as file:
+    with _open(path) as file, _reading(path):
         _check_column(path, file.schema_arrow, field)
         metadata = file.metadata
-        return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        rows = sum(group.num_rows for group in groups)
+        if rows != metadata.num_rows:
+            raise _damaged(path, ValueError(f"{metadata.num_rows} rows, its row groups have {rows}"))
+        return [group.total_byte_size for group in groups]
 
 
 def read_rows(path: str, field: str, groups: range) -> Iterator[tuple[int, memoryview | None, float]]:
@@ -66,27 +71,26 @@ def read_rows(path: str, field: str, groups: range) -> Iterator[tuple[int, memor
                 yield row, cell, done / rows
                 if is_long:
                     break
+            else:
+                if read < counts[group]:
+                    raise _damaged(path, ValueError(f"row group {group} has {read} of {counts[group]} rows"))
 
 
 def _cells_of(
     path: str, field: str, group: int, *, skip: int, metadata: Any
 ) -> Generator[memoryview | None, None, None]:
     """The cells of one column of a row group from the one after `skip` on."""
-    with _open(path, metadata) as file:
-        import pyarrow as pa
+    import pyarrow as pa
 
-        try:
-            for batch in file.iter_batches(
-                _rows_at_once(metadata, field, group), [group], [field], use_threads=False
-            ):
-                column = batch.column(0)[skip:]
-                skip = max(0, skip - batch.num_rows)
-                if pa.types.is_dictionary(column.type):
-                    column = column.dictionary_decode()
-                # As bytes: a text that is not UTF-8 is for the caller's policy, not an exception here.
-                yield from _cells(column.cast(pa.large_binary()))
-        except (pa.ArrowException, OSError) as error:
-            raise _damaged(path, error) from None
+    with _open(path, metadata) as file, _reading(path):
+        at_once = _rows_at_once(metadata, field, group)
+        for batch in file.iter_batches(at_once, [group], [field], use_threads=False):
+            column = batch.column(0)[skip:]
+            skip = max(0, skip - batch.num_rows)
+            if pa.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            # As bytes: a text that is not UTF-8 is for the caller's policy, not an exception here.
+            yield from _cells(column.cast(pa.large_binary()))
 
 
 def _cells(column: Any) -> Iterator[memoryview | None]:
@@ -110,14 +114,22 @@ def _open(path: str, metadata: Any = None) -> Any:
     # Read at the first import: arrow's allocator keeps what was freed, half a GB after a long document.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     try:
-        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise UserError(f"{path}: reading .parquet needs pyarrow; run: pip install pyarrow") from None
-    try:
+    with _reading(path):
         # By default the compressed column of a whole row group is read at once.
         return pq.ParquetFile(path, metadata=metadata, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """What pyarrow raises becomes one line; names in a footer that are not UTF-8 among it."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(path, error) from None
 
 

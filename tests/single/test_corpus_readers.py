@@ -138,6 +138,22 @@ def test_a_reader_is_put_away_at_a_long_row(
         assert found == [*enumerate(texts, 1)]
 
 
+def test_a_parquet_file_whose_footer_lies(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"text {i}" for i in range(25)]}), path)
+    raw = path.read_bytes()
+    # 25 and 26 as the footer's counts: a field of 64 bits in Thrift's compact protocol, zigzag.
+    at = len(raw) - 8 - int.from_bytes(raw[-8:-4], "little")
+    told, more = b"\x16\x32", b"\x16\x34"
+    assert raw[at:].count(told) == 3
+    path.write_bytes(raw[:at] + raw[at:].replace(told, more))
+    assert failure(path).startswith("not a usable Parquet file (row group 0 has 25 of 26 rows)")
+    path.write_bytes(raw[:at] + raw[at:].replace(told, more, 1))
+    assert failure(path).startswith("not a usable Parquet file (26 rows, its row groups have 25)")
+    path.write_bytes(raw[:at] + raw[at:].replace(b"text", b"tex\xf4"))
+    assert failure(path).startswith("not a usable Parquet file (")
+
+
 def test_rows_and_chunks_in_memory_are_bounded_in_bytes(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     noise = random.Random(0).randbytes(1 << 20).hex()
