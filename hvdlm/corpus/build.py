@@ -27,7 +27,7 @@ from hvdlm.corpus import dedup, existing, hold, memory, stats
 from hvdlm.corpus.crew import Crew
 from hvdlm.corpus.encode import encode_task, refuse_write
 from hvdlm.corpus.install import LostError, install, refuse_bad, refuse_empty
-from hvdlm.corpus.job import TOKENIZER_NAME, Job, Tally
+from hvdlm.corpus.job import ENCODER_NAME, TOKENIZER_NAME, Job, Tally
 from hvdlm.corpus.options import Options, Source, look_up, record
 from hvdlm.corpus.plan import Task, make_plan
 from hvdlm.corpus.pool import Team
@@ -92,7 +92,7 @@ def build(
             work = Work(options.out / existing.WORK_NAME, crew, wants_stop)
         except OSError as error:
             refuse_write(options.out, error)
-        with work.signs:
+        with work:
             if not surely:
                 hold.refuse_others(options.out, work)
             made = _attempt(options, work, workers=workers, force=force)
@@ -115,7 +115,7 @@ def _attempt(options: Options, work: Work, *, workers: int, force: bool) -> bool
 
 def _is_over(out: Path, work: Work) -> bool:
     """Whether others have taken over while this process slept, and have completed the data set."""
-    return not work.folder.exists() and (out / manifests.FILE_NAME).exists()
+    return work.is_gone() and (out / manifests.FILE_NAME).exists()
 
 
 def _fail(work: Work, error: BaseException) -> None:
@@ -144,7 +144,7 @@ def _build(options: Options, work: Work, *, workers: int, force: bool) -> bool:
         Team(work, job, workers=workers, report=progress) as team,
     ):
         if job.keep.dedup:
-            find_duplicates(work, team, progress, count=count, total_bytes=total_bytes)
+            find_duplicates(job, work, team, progress, count=count, total_bytes=total_bytes)
         _once(work, "tokenizer", lambda: _tokenizer(options, job, opened, progress))
         progress.stage("encode", count=count, total_bytes=total_bytes, before=_done_before(work, job))
         team.run("encode", encode_task, count)
@@ -152,10 +152,13 @@ def _build(options: Options, work: Work, *, workers: int, force: bool) -> bool:
     return True
 
 
-def find_duplicates(work: Work, team: Team, progress: Progress, *, count: int, total_bytes: int) -> None:
+def find_duplicates(
+    job: Job, work: Work, team: Team, progress: Progress, *, count: int, total_bytes: int
+) -> None:
     """The two stages that find out which documents are there twice.
 
     Args:
+        job: common to all tasks.
         work: where results are kept.
         team: does the work.
         progress: shows it.
@@ -165,6 +168,7 @@ def find_duplicates(work: Work, team: Team, progress: Progress, *, count: int, t
     Raises:
         UserError: bad input, or a full disk.
     """
+    dedup.forget_lost(job, work)
     progress.stage("hash", count=count, total_bytes=total_bytes)
     team.run("hash", dedup.hash_task, count)
     hashed = [work.result("hash", index) for index in range(count)]
@@ -192,7 +196,11 @@ def _open(options: Options, work: Work, *, force: bool) -> dict[str, Any]:
         return {"same": True}
     existing.open_work(options.out, work, made_from, force=force)
     tasks = plan_of(options, source)
+    if not tasks:
+        raise UserError(f"{' '.join(options.inputs)}: holds no documents; needed some text")
     job_of(options, work.folder).write_plan(tasks)
+    if options.encoder == "reference":
+        _forget_choice(work)
     if source.tokenizer:
         write_atomic(work.folder / TOKENIZER_NAME, source.tokenizer.json_bytes)
     return {
@@ -203,6 +211,15 @@ def _open(options: Options, work: Work, *, force: bool) -> dict[str, Any]:
         "given": source.tokenizer is not None,
         "record": made_from,
     }
+
+
+def _forget_choice(work: Work) -> None:
+    """Drop the fast encoder that an earlier start chose, and what it has encoded."""
+    path = work.folder / ENCODER_NAME
+    if path.exists():
+        for index in work.done("encode"):
+            work.forget("encode", index)
+        path.unlink()
 
 
 def job_of(options: Options, folder: Path) -> Job:
@@ -270,23 +287,14 @@ def _install(options: Options, work: Work, job: Job, opened: dict[str, Any]) -> 
         for stage in _WORTH_KEEPING:
             shutil.rmtree(work.folder / "done" / stage, ignore_errors=True)
         raise
-    stages = {stage: [work.result(stage, index) for index in work.done(stage)] for stage in _TIMED}
-    seconds = {
-        stage: round(sum(one["seconds"] for one in results), 3)
-        for stage, results in stages.items()
-        if results
-    }
-    making = {"start": work.crew.name, "encoder": job.choice or fast.REFERENCE, **seconds}
+    making = {"start": work.crew.name, "encoder": job.choice or fast.REFERENCE}
+    for stage in _TIMED:
+        if done := work.done(stage):
+            making[stage] = round(sum(work.result(stage, index)["seconds"] for index in done), 3)
     try:
-        install(
-            options.out,
-            job,
-            encoded,
-            record=opened["record"],
-            making=making,
-        )
+        install(options.out, job, work, encoded, record=opened["record"], making=making)
     except LostError as error:
-        if error.task is not None:
-            work.forget("encode", error.task)
+        for task in error.tasks:
+            work.forget("encode", task)
         raise
     return {}

@@ -21,6 +21,7 @@ import xxhash
 
 from hvdlm.corpus.documents import Rejects, digest, kept_documents
 from hvdlm.corpus.job import Job, Report, Tally
+from hvdlm.corpus.work import Work
 from hvdlm.data.files import publishing
 
 RANGE_DOCUMENTS = RUN_DOCUMENTS = 4 << 20
@@ -97,6 +98,18 @@ def drops_of(task: int, job: Job) -> np.ndarray:
         first, end = np.searchsorted(table["task"], [task, task + 1])
         found.append(np.array(table["index"][first:end]))
     return np.sort(np.concatenate(found)).astype(np.int64)
+
+
+def forget_lost(job: Job, work: Work) -> None:
+    """Forget results of both stages whose files are not there any more."""
+    for index in work.done("hash"):
+        runs = range(work.result("hash", index).get("runs", 0))
+        files = [path(job, index, run) for path in (_hash_path, _copies_path) for run in runs]
+        if not files or not all(file.exists() for file in files):
+            work.forget("hash", index)
+    for index in work.done("drop"):
+        if not _drop_path(job, index).exists():
+            work.forget("drop", index)
 
 
 def drop_mask(task: int, job: Job) -> bytes:

@@ -83,23 +83,23 @@ def open_work(folder: Path, work: Work, record: dict[str, Any], *, force: bool) 
         write_record(work.folder, record)
 
 
-def holds_rest_of(folder: Path, record: dict[str, Any]) -> bool:
-    """Whether a start that was killed while it moved its files left some of this very data set here."""
-    before = read_record(folder)
-    unfinished = not (folder / manifests.FILE_NAME).exists()
-    return unfinished and before is not None and _comparable(before) == _comparable(record)
+def put_away(folder: Path, into: Path) -> None:
+    """Move a data set or the rest of one, the manifest first, so that half of one is never taken for it.
 
+    Not removed: a process that sleeps in here until others have completed theirs finds no `into` to move to.
 
-def remove_data_set(folder: Path) -> None:
-    """Remove a data set or the rest of one, the manifest first, so that half of one is never taken for it."""
-    (folder / manifests.FILE_NAME).unlink(missing_ok=True)
-    for path in [
-        *(folder / name for name in (RECORD_NAME, TASKS_NAME, TOKENIZER_NAME, *_BESIDE)),
-        *_shards(folder),
-        *folder.glob(f"{TEMP_PREFIX}*"),
-    ]:
-        if not path.is_dir():
-            path.unlink(missing_ok=True)
+    Args:
+        folder: of the data set.
+        into: a folder of the work that replaces it; made here.
+
+    Raises:
+        FileNotFoundError: the work is gone.
+    """
+    into.mkdir(exist_ok=True)
+    names = (manifests.FILE_NAME, RECORD_NAME, TASKS_NAME, TOKENIZER_NAME, *_BESIDE)
+    for path in [*(folder / name for name in names), *_shards(folder), *folder.glob(f"{TEMP_PREFIX}*")]:
+        if path.is_file():
+            path.rename(into / path.name)
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -20,31 +20,38 @@ from hvdlm.corpus.encode import rejects_path, val_stem
 from hvdlm.corpus.job import TOKENIZER_NAME, Job
 from hvdlm.corpus.options import Options
 from hvdlm.corpus.piles import Pile, is_whole
+from hvdlm.corpus.work import Work
 from hvdlm.corpus.write import ShardWriter
 from hvdlm.data.entries import ShardEntry, parse_shard
-from hvdlm.data.files import publishing
+from hvdlm.data.files import publishing, write_atomic
 from hvdlm.data.manifest import Manifest, write_manifest
 
 REJECTS_NAME = "rejects.jsonl"
 
 
+_BEGUN_NAME = "installing"
+"""In the work's folder once the output holds nothing but this data set's own files."""
+_REPLACED_NAME = "replaced"
+
+
 @final
 class LostError(UserError):
-    """What a task wrote is not there any more, or not whole.
+    """What tasks wrote is not there any more, or not whole.
 
     Attributes:
-        task: the one to do again; None = the merge of validation, which every start does again.
+        tasks: those to do again.
     """
 
-    def __init__(self, path: Path, task: int | None) -> None:
-        message = f"{path}: was lost or cut short; run again: only what is missing is made"
-        super().__init__(message, EXIT_CRASH)
-        self.task = task
+    def __init__(self, folder: Path, tasks: Sequence[int]) -> None:
+        found = f"files of {len(tasks)} task(s), the first task {tasks[0]}, were lost or cut short"
+        super().__init__(f"{folder}: {found}; run again: only those tasks are done again", EXIT_CRASH)
+        self.tasks = tasks
 
 
 def install(
     out: Path,
     job: Job,
+    work: Work,
     encoded: Sequence[dict[str, Any]],
     *,
     record: dict[str, Any],
@@ -55,6 +62,7 @@ def install(
     Args:
         out: its folder.
         job: common to all tasks.
+        work: where they left it.
         encoded: results of the encode stage, in plan order.
         record: what the data set is made from.
         making: how this time, for seconds.json.
@@ -64,48 +72,53 @@ def install(
 
     Raises:
         UserError: the disk is full; `LostError` where something of the work is missing.
+        GoneError: others have completed the data set.
     """
-    entries = [
-        (parse_shard(value, job.tokenizer_info, "result of a task"), index)
+    train = [
+        (index, parse_shard(value, job.tokenizer_info, "result of a task"))
         for index, result in enumerate(encoded)
         for value in result["train"]
     ]
-    val = merge_val(job, [result["splits"]["val"] for result in encoded])
-    per_task = [len(result["train"]) for result in encoded]
-    if not existing.holds_rest_of(out, record):
-        existing.remove_data_set(out)
-        existing.write_record(out, record)
-    _copy(job.folder / TOKENIZER_NAME, out / TOKENIZER_NAME)
+    entries = [(f"train-{number:05d}.h5", entry) for number, (_, entry) in enumerate(train)]
+    moved = (job.folder / _BEGUN_NAME).exists()
+    lost = {
+        task
+        for (task, entry), (name, _) in zip(train, entries, strict=True)
+        if not (_is_there(job.folder / entry.name, entry) or (moved and _is_there(out / name, entry)))
+    }
+    lost |= {index for index, result in enumerate(encoded) if not _has_val(job, index, result)}
+    if lost:
+        raise LostError(job.folder, sorted(lost))
+    entries += [(f"val-{i:05d}.h5", entry) for i, entry in enumerate(merge_val(job, len(encoded)))]
+    _begin(out, job, work, record)
+    write_atomic(out / TOKENIZER_NAME, (job.folder / TOKENIZER_NAME).read_bytes())
     _join(out / REJECTS_NAME, [rejects_path(job, index) for index in range(len(encoded))])
     stats.write(out, encoded, making)
-    existing.write_tasks(out, per_task)
-    numbered = [
-        _move(job.folder, out, entry, f"train-{number:05d}.h5", task)
-        for number, (entry, task) in enumerate(entries)
-    ]
-    numbered += [_move(job.folder, out, entry, f"val-{i:05d}.h5", None) for i, entry in enumerate(val)]
+    existing.write_tasks(out, [len(result["train"]) for result in encoded])
+    numbered = [_move(job.folder, out, entry, name) for name, entry in entries]
     return write_manifest(out, numbered, tokenizer=job.tokenizer_info)
 
 
-def merge_val(job: Job, summaries: Sequence[dict[str, Any]]) -> list[ShardEntry]:
+def _begin(out: Path, job: Job, work: Work, record: dict[str, Any]) -> None:
+    """Put another data set away, once: afterwards what lies in the output was moved there from this work."""
+    work.confirm()
+    if not (job.folder / _BEGUN_NAME).exists():
+        existing.put_away(out, job.folder / _REPLACED_NAME)
+        existing.write_record(out, record)
+        write_atomic(job.folder / _BEGUN_NAME, b"")
+
+
+def merge_val(job: Job, tasks: int) -> list[ShardEntry]:
     """Join the validation documents of all tasks, in the order of the plan, to shards in the job's folder.
 
-    Args:
-        job: common to all tasks.
-        summaries: what each task said of its validation documents.
-
     Raises:
-        UserError: the disk is full; `LostError` where a task's documents are not what it said.
+        UserError: the disk is full.
     """
-    dtype = job.tokenizer.dtype
-    for index, said in enumerate(summaries):
-        if not is_whole(val_stem(job, index), dtype, documents=said["documents"], tokens=said["tokens"]):
-            raise LostError(val_stem(job, index), index)
     writer = ShardWriter(
         job.folder / "val", "val", shard_tokens=job.shard_tokens, tokenizer=job.tokenizer_info
     )
-    for index in range(len(summaries)):
-        with Pile(val_stem(job, index), dtype) as pile:
+    for index in range(tasks):
+        with Pile(val_stem(job, index), job.tokenizer.dtype) as pile:
             writer.add(pile, np.arange(len(pile.lengths)))
     writer.flush()
     return writer.entries
@@ -152,18 +165,25 @@ def refuse_empty(encoded: Sequence[dict[str, Any]], options: Options) -> None:
     raise UserError(f"a split is empty: {found}; {cure}", EXIT_USAGE)
 
 
-def _move(work: Path, out: Path, entry: ShardEntry, name: str, task: int | None) -> ShardEntry:
-    source, target = work / entry.name, out / name
+def _is_there(path: Path, entry: ShardEntry) -> bool:
+    try:
+        return path.stat().st_size == entry.file_bytes
+    except FileNotFoundError:
+        return False
+
+
+def _has_val(job: Job, index: int, result: dict[str, Any]) -> bool:
+    said = result["splits"]["val"]
+    return is_whole(
+        val_stem(job, index), job.tokenizer.dtype, documents=said["documents"], tokens=said["tokens"]
+    )
+
+
+def _move(work: Path, out: Path, entry: ShardEntry, name: str) -> ShardEntry:
+    # Where it is not: moved before a crash, or by the process that took this one's place while it slept.
     with suppress(FileNotFoundError):
-        source.rename(target)
-    if not target.exists() or target.stat().st_size != entry.file_bytes:
-        raise LostError(source, task)
+        (work / entry.name).rename(out / name)
     return replace(entry, name=name)
-
-
-def _copy(source: Path, target: Path) -> None:
-    with publishing(target) as temp:
-        shutil.copyfile(source, temp)
 
 
 def _join(target: Path, parts: Sequence[Path]) -> None:

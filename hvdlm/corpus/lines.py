@@ -50,13 +50,12 @@ def read_lines(piece: Piece) -> Iterator[Line]:
         with closing(_DECOMPRESS[piece.kind](file, piece)) as chunks:
             for chunk in _without_mark(chunks) if piece.start == 0 else chunks:
                 done_bytes = min(file.tell(), piece.end) - piece.start
-                *complete, rest = chunk.split(b"\n")
-                for part in complete:
-                    begun += part
-                    begun += b"\n"
+                start = 0
+                while end := chunk.find(b"\n", start) + 1:
+                    begun += chunk[start:end]
                     yield Line(number, _take(begun, piece, number), done_bytes)
-                    number += 1
-                begun += rest
+                    number, start = number + 1, end
+                begun += chunk[start:]
                 if len(begun) > MAX_DOCUMENT_BYTES:
                     raise _too_long(piece, number)
         if begun:
@@ -103,9 +102,17 @@ def parts_of(lines: Iterable[Line], document: str, piece: Piece) -> Iterator[Lin
 
 def parts_of_text(text: str, document: str, piece: Piece) -> Iterator[str]:
     """Cut one text in the same way."""
-    lines = (Line(number, raw + b"\n", 0) for number, raw in enumerate(text.encode().split(b"\n"), 1))
+    lines = (Line(number, raw, 0) for number, raw in enumerate(_split(text.encode()), 1))
     for part in parts_of(lines, document, piece):
         yield part.raw.decode()
+
+
+def _split(raw: bytes) -> Iterator[bytes]:
+    start = 0
+    while end := raw.find(b"\n", start) + 1:
+        yield raw[start:end]
+        start = end
+    yield raw[start:]
 
 
 def number_in_file(piece: Piece, number: int) -> int:

@@ -142,6 +142,9 @@ def _check_column(path: str, schema: Any, field: str) -> None:
     if field not in schema.names:
         columns = ", ".join(schema.names[:12]) or "none"
         raise UserError(f"{path}: no column {field!r}; choose with --field one of: {columns}")
+    found = schema.names.count(field)
+    if found > 1:
+        raise UserError(f"{path}: {found} columns {field!r}, needed one; rename the others")
     if not _is_text(schema.field(field).type):
         columns = ", ".join(column.name for column in schema if _is_text(column.type)) or "none"
         raise UserError(

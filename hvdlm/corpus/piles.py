@@ -12,7 +12,7 @@ import numpy as np
 from hvdlm.data.files import publishing, read_exactly
 
 _SUFFIXES = (".tokens", ".lengths", ".bytes")
-_FLUSH_TOKENS = 1 << 20
+_FLUSH_TOKENS, _FLUSH_DOCUMENTS = 1 << 20, 1 << 16
 
 
 @final
@@ -78,6 +78,8 @@ class PileWriter:
             self._text_bytes.append(upto - before)
             before = upto
         self._parts = [0]
+        if len(self._lengths) >= _FLUSH_DOCUMENTS:
+            self.flush()
 
     def flush(self) -> None:
         """Write what is pending; only between documents is the pile whole.

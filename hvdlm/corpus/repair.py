@@ -53,7 +53,7 @@ def repair(folder: Path, manifest: Manifest, names: Collection[str], *, workers:
         shutil.rmtree(folder / _WORK_NAME, ignore_errors=True)
         work = Work(folder / _WORK_NAME, crew, lambda: False)
         try:
-            with work.signs:
+            with work:
                 entries = _make(folder, manifest, work, names, workers)
             for entry in manifest.shards:
                 if entry.name in names:
@@ -86,7 +86,7 @@ def _make(
     chosen = _tasks_of(names, ends)
     with Progress(work, shows=True) as progress, Team(work, job, workers=workers, report=progress) as team:
         if job.keep.dedup:
-            find_duplicates(work, team, progress, count=len(tasks), total_bytes=0)
+            find_duplicates(job, work, team, progress, count=len(tasks), total_bytes=0)
         progress.stage("encode", count=len(chosen), total_bytes=sum(tasks[i].size_bytes for i in chosen))
         team.run("encode", partial(_encode_chosen, chosen=chosen), len(chosen))
     entries: dict[str, ShardEntry] = {}
@@ -96,8 +96,7 @@ def _make(
             entry = parse_shard(value, job.tokenizer_info, "result of a task")
             entries[f"train-{first + offset:05d}.h5"] = entry
     if any(name.startswith("val-") for name in names):
-        summaries = [work.result("encode", i)["splits"]["val"] for i in range(len(tasks))]
-        entries |= {f"val-{i:05d}.h5": entry for i, entry in enumerate(merge_val(job, summaries))}
+        entries |= {f"val-{i:05d}.h5": entry for i, entry in enumerate(merge_val(job, len(tasks)))}
     return entries
 
 

@@ -13,11 +13,13 @@ rename: a claim only spares double work, it never decides what is right.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import shutil
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +28,7 @@ from typing import Any, final
 from hvdlm.config import EXIT_CRASH, UserError
 from hvdlm.corpus.crew import Crew
 from hvdlm.corpus.signs import Signs
-from hvdlm.data.files import TEMP_PREFIX, write_atomic
+from hvdlm.data.files import RECORD_NAME, TEMP_PREFIX, fsync, write_atomic
 
 LEASE_S = 180.0
 """Without a sign of life for so long, a process's claims are free: NFS may show times a minute old."""
@@ -49,15 +51,12 @@ class GoneError(Exception):
 
 @final
 class Work:
-    """One process's view of the folder.
+    """One process's view of the folder. A context manager: within it the process gives signs of life.
 
     Args:
         folder: made here with what is in it.
         crew: who works together.
         wants_stop: whether this process was asked to stop.
-
-    Attributes:
-        signs: to be entered for as long as this process works here.
     """
 
     def __init__(self, folder: Path, crew: Crew, wants_stop: Callable[[], bool]) -> None:
@@ -68,8 +67,39 @@ class Work:
         self._waiting: dict[str, list[int]] = {}
         for path in (folder / "done", self._start / "claims"):
             path.mkdir(parents=True, exist_ok=True)
+        # Open, so that no folder made later gets the same inode number.
+        self._fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._close = weakref.finalize(self, os.close, self._fd)
         self.signs = Signs(folder / "starts", crew.name, crew.rank)
         self._rejoin()
+
+    def __enter__(self) -> Work:
+        self.signs.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.signs.__exit__()
+        self._close()
+
+    def is_gone(self) -> bool:
+        """Whether the folder is gone; one that a late process has made in its place is another."""
+        try:
+            return not os.path.samestat(os.fstat(self._fd), self.folder.stat())
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError as error:
+            if error.errno == errno.ESTALE:
+                return True
+            raise
+
+    def confirm(self) -> None:
+        """Look whether the folder is still there.
+
+        Raises:
+            GoneError: the data set is complete.
+        """
+        if self.is_gone():
+            raise GoneError
 
     def claim(self, stage: str, count: int) -> int | None:
         """Take a task of a stage that is neither done nor claimed.
@@ -100,6 +130,7 @@ class Work:
         Raises:
             UserError: the disk is full.
         """
+        self.confirm()
         write_atomic(self._done(stage) / f"{index:05d}.json", (json.dumps(result) + "\n").encode())
 
     def complete(self, stage: str, count: int) -> bool:
@@ -121,6 +152,7 @@ class Work:
             result: dict[str, Any] = json.loads(path.read_bytes())
         except FileNotFoundError as error:
             raise GoneError from error
+        self.confirm()
         return result
 
     def done(self, stage: str) -> list[int]:
@@ -161,7 +193,12 @@ class Work:
             file.write(json.dumps(record))
 
     def begin_anew(self) -> None:
-        """Remove what other starts left: everything, since it is of another data set."""
+        """Remove what other starts left: everything, since it is of another data set.
+
+        The record first: what a crash leaves of the rest must not be taken for that data set's.
+        """
+        (self.folder / RECORD_NAME).unlink(missing_ok=True)
+        fsync(self.folder)
         for path in self.folder.iterdir():
             if path.name != "starts":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -198,11 +235,11 @@ class Work:
 
     def _names(self, folder: Path) -> list[str]:
         """What is in a folder of the work; unfinished files left out."""
+        self.confirm()
         try:
             return [path.name for path in folder.iterdir() if not path.name.startswith(TEMP_PREFIX)]
         except FileNotFoundError:
-            if not self.folder.exists():
-                raise GoneError from None
+            self.confirm()
             folder.mkdir(parents=True, exist_ok=True)
             return []
 

@@ -80,7 +80,8 @@ def follow(tokenizer: Tokenizer, choice: Choice) -> Tokenizer:
     if not can_follow(choice):
         raise UserError(
             f"{socket.gethostname()}: has {PACKAGE} {version() or 'not at all'}, but this run was planned "
-            f"with {choice['version']}; install the same environment on every node",
+            f"with {choice['version']}; install the same environment on every node, or use "
+            "--encoder reference",
             EXIT_CRASH,
         )
     return _with(tokenizer, GigatokenEncoder(tokenizer.json_bytes))

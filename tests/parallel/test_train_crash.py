@@ -22,6 +22,14 @@ def name_of(words: list[str]) -> str:
     return "-".join(w.strip("-") for w in words[:2] if w != "-np")
 
 
+def wait_for_checkpoint(run_folder: Path) -> None:
+    """Of some step: they are written beside the steps, on a busy disk many of them."""
+    helpers.wait_for_step(run_folder, 15)
+    helpers.wait_until(
+        lambda: any((run_folder / "checkpoints").glob("step-????????")), within_s=60, what="a checkpoint"
+    )
+
+
 def assert_all_gone(process: subprocess.Popen[str]) -> None:
     helpers.wait_until(lambda: not helpers.family(process), within_s=WITHIN_S, what="all processes gone")
 
@@ -39,7 +47,7 @@ def assert_resumes(tiny_data: Path, run_folder: Path) -> None:
 def test_kill_9_of_a_rank_ends_the_job(launcher: list[str], tiny_data: Path, tmp_path: Path) -> None:
     run_folder = tmp_path / "run"
     with helpers.started([*launcher, *helpers.train_command(tiny_data, run_folder, *ENDLESS)], {}) as process:
-        helpers.wait_for_step(run_folder, 15)
+        wait_for_checkpoint(run_folder)
         helpers.send(helpers.ranks_of(process)[1], signal.SIGKILL)
         assert_all_gone(process)
         assert process.wait() != 0
@@ -54,7 +62,7 @@ def test_the_death_of_the_launcher_leaves_no_orphan(
 ) -> None:
     run_folder = tmp_path / "run"
     with helpers.started([*launcher, *helpers.train_command(tiny_data, run_folder, *ENDLESS)], {}) as process:
-        helpers.wait_for_step(run_folder, 15)
+        wait_for_checkpoint(run_folder)
         helpers.send(process, number)
         assert_all_gone(process)
         if launcher != HOROVODRUN_GLOO or number != signal.SIGTERM:
@@ -69,7 +77,7 @@ def test_one_rank_alone_is_no_orphan_either(tiny_data: Path, tmp_path: Path) -> 
     run_folder = tmp_path / "run"
     command = helpers.train_command(tiny_data, run_folder, *ENDLESS)
     with helpers.started([*helpers.mpirun(1), *command], {}) as process:
-        helpers.wait_for_step(run_folder, 15)
+        wait_for_checkpoint(run_folder)
         helpers.send(process, signal.SIGKILL)
         assert_all_gone(process)
 

@@ -147,6 +147,25 @@ def test_a_failure_and_a_stop_reach_everybody_and_the_first_failure_is_named(job
     at_work(job).check()
 
 
+def test_a_folder_that_a_late_process_made_is_another(job: Job) -> None:
+    work = at_work(job, Crew("array-1", 0, 2, apart=True))
+    assert not work.complete("encode", 1)
+    work.finish("encode", 0, {"a": 1})
+    at_work(job, Crew("array-1", 1, 2, apart=True)).remove()
+    late = at_work(job, Crew("array-1", 1, 2, apart=True))
+    assert not late.complete("encode", 1)
+    late.finish("encode", 0, {"a": 2})
+    assert work.is_gone()
+    for act in (
+        lambda: work.claim("encode", 5),
+        lambda: work.complete("encode", 1),
+        lambda: work.result("encode", 0),
+        lambda: work.finish("encode", 1, {}),
+    ):
+        with pytest.raises(GoneError):
+            act()
+
+
 def test_whoever_waits_when_the_folder_goes_knows_that_it_is_over(job: Job) -> None:
     count, work = plan(job, "text"), at_work(job, Crew("both", 0, 2))
     other = at_work(job, Crew("both", 1, 2))

@@ -2,6 +2,7 @@ import contextlib
 import gzip
 import json
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,20 @@ def test_a_parquet_file_whose_footer_lies(tmp_path: Path) -> None:
     assert failure(path).startswith("not a usable Parquet file (")
 
 
+def test_a_million_newlines_are_no_list(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.ZstdCompressor().compress(b"\n" * (1 << 20)))
+    found = lines.read_lines(Piece(str(path), "jsonl.zst", 0, path.stat().st_size, 1))
+    text = "\n" * (1 << 20)
+    tracemalloc.start()
+    try:
+        assert next(found).raw == b"\n"
+        assert next(lines.parts_of_text(text, "line", Piece("", "jsonl", 0, 1, 1))) == ""
+        assert tracemalloc.get_traced_memory()[1] < 5 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_rows_and_chunks_in_memory_are_bounded_in_bytes(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     noise = random.Random(0).randbytes(1 << 20).hex()
@@ -277,6 +292,8 @@ def test_parquet_errors(tmp_path: Path) -> None:
         failure(path, field="id")
         == "column 'id' holds int64, needed strings; choose with --field one of: body, note"
     )
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * 2, ["text", "text"]), path)
+    assert failure(path) == "2 columns 'text', needed one; rename the others"
     path.write_bytes(path.read_bytes()[:-20])
     assert failure(path).startswith("not a usable Parquet file (")
     path.write_bytes(b"no parquet")

@@ -5,6 +5,7 @@ import h5py
 import numpy as np
 import pytest
 
+from hvdlm.corpus import piles
 from hvdlm.corpus.encode import _shuffled
 from hvdlm.corpus.piles import Pile, PileWriter, remove, save_in_order
 from hvdlm.corpus.write import ShardWriter
@@ -97,6 +98,18 @@ def test_an_order_keeps_every_document_whole_and_seed_and_task_change_it(tmp_pat
     assert sorted(path.suffix for path in tmp_path.glob("b*")) == [".bytes", ".lengths", ".tokens"]
     remove(tmp_path / "b")
     assert not [*tmp_path.glob("b*")]
+
+
+def test_lengths_do_not_wait_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(piles, "_FLUSH_DOCUMENTS", 10)
+    with PileWriter(tmp_path / "a", eos_id=0, dtype=U2, limit=9) as writer:
+        for _ in range(25):
+            writer.add(np.ones(3, U2))
+            writer.end(3)
+        assert (tmp_path / "a.lengths").stat().st_size == (tmp_path / "a.bytes").stat().st_size == 20 * 4
+        writer.flush()
+    with Pile(tmp_path / "a", U2) as pile:
+        assert pile.lengths.tolist() == [4] * 25
 
 
 @pytest.mark.parametrize("lengths", [[], [3, 1, 4]])
