@@ -84,9 +84,9 @@ def test_force_replaces_once_however_many_come_late(options: Options) -> None:
     assert element(options, 1, job=3, force=True).made
 
 
-@pytest.mark.parametrize("place", ["merge_val", "put_away"])
+@pytest.mark.parametrize(("place", "late"), [("merge_val", False), ("merge_val", True), ("put_away", False)])
 def test_a_process_that_slept_while_it_installed_leaves_the_data_set_alone(
-    place: str, options: Options, monkeypatch: pytest.MonkeyPatch
+    place: str, late: bool, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module: Any = existing if place == "put_away" else installs
     act = getattr(module, place)
@@ -95,6 +95,8 @@ def test_a_process_that_slept_while_it_installed_leaves_the_data_set_alone(
         monkeypatch.setattr(module, place, act)
         monkeypatch.setattr(works, "LEASE_S", -1.0)
         assert element(options, 1).made
+        if late:
+            works.Work(options.out / existing.WORK_NAME, Crew("array-1", 2, 3, apart=True), lambda: False)
         return act(*args)
 
     monkeypatch.setattr(module, place, sleep_meanwhile)
