@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 
-from hvdlm.bench import allreduce, loader, preprocess, save, scaling, step
+from hvdlm.bench import allreduce, loader, mask, preprocess, save, scaling, step
 from hvdlm.config import EXIT_DONE, run_command
 
 BENCHMARKS = {
     "allreduce": allreduce,
     "loader": loader,
+    "mask": mask,
     "preprocess": preprocess,
     "save": save,
     "scaling": scaling,

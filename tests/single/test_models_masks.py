@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from hvdlm.bench import mask as benchmark
 from hvdlm.config import ModelConfig
 from hvdlm.models import masks
 from hvdlm.models.compilation import compile_blocks_
@@ -25,10 +26,8 @@ IGNORE_TORCH_OF_ITSELF = pytest.mark.filterwarnings("ignore::DeprecationWarning"
 
 def packed_positions(batch: int, *, seed: int) -> torch.Tensor:
     """Documents of about 40 tokens."""
-    begins = torch.rand(batch, T, generator=torch.Generator().manual_seed(seed)) < 1 / 40
-    begins[:, 0] = True
-    numbers = torch.arange(T).expand(batch, T)
-    return numbers - torch.where(begins, numbers, 0).cummax(1).values
+    torch.manual_seed(seed)
+    return benchmark.packed_positions(batch, T, 40)
 
 
 def document_numbers(batch: int, *, seed: int) -> torch.Tensor:
