@@ -14,6 +14,7 @@ import xxhash
 
 ROUNDS = 8
 _MASK64 = (1 << 64) - 1
+_PACK_2, _PACK_4 = struct.Struct("<2Q").pack, struct.Struct("<4Q").pack
 _ORDER, _RNG = 1, 2
 SLOTS, CHUNKS, GROUPS = 3, 4, 5
 """Domains, as are the two above: the order, the dropout and the blend of one seed share no key."""
@@ -93,7 +94,7 @@ def share_of(count: int, share: tuple[int, int]) -> range:
 
 def slot_seed(seed: int, step: int, slot: int) -> int:
     """A 63-bit seed for the random numbers of one micro-slot, whoever computes it."""
-    return _key(_RNG, seed, step, slot) >> 1
+    return xxhash.xxh3_64_intdigest(_PACK_4(_RNG, seed & _MASK64, step, slot)) >> 1
 
 
 def shuffle_keys(domain: int, seed: int, *numbers: np.ndarray) -> np.ndarray:
@@ -107,7 +108,7 @@ def shuffle_keys(domain: int, seed: int, *numbers: np.ndarray) -> np.ndarray:
     Returns:
         uint64 [k], or [1] where all are equal.
     """
-    keys = np.array([_key(domain, seed)], np.uint64)
+    keys = np.array([xxhash.xxh3_64_intdigest(_PACK_2(domain, seed & _MASK64))], np.uint64)
     for values in numbers:
         if len(values) and values[0] == values[-1] and (values == values[0]).all():
             values = values[:1]
@@ -144,10 +145,6 @@ def shuffle(
 def _of(values: np.ndarray, places: np.ndarray) -> np.ndarray:
     """Values at places; one value stands for all."""
     return values[places] if values.size > 1 else values
-
-
-def _key(*values: int) -> int:
-    return xxhash.xxh3_64_intdigest(struct.pack(f"<{len(values)}Q", *(value & _MASK64 for value in values)))
 
 
 def _feistel(values: np.ndarray, bits: np.ndarray, keys: np.ndarray, *, inverse: bool) -> np.ndarray:
