@@ -13,7 +13,7 @@ import torch
 
 from hvdlm.config import UserError
 from hvdlm.data.boundaries import Boundaries
-from hvdlm.data.files import OpenFiles, cure, read_exactly, refuse_read
+from hvdlm.data.files import OpenFiles, cure, read_exactly
 from hvdlm.data.sources import Source, shards_of
 
 IGNORED_LABEL = -100
@@ -51,7 +51,7 @@ class WindowReader:
         self._dtype = np.dtype(tokenizer.token_dtype)
         self._seq_len = seq_len
         self._raw = np.empty((0, seq_len + 1), self._dtype)
-        self._rows: list[memoryview] = []
+        self._rows: list[tuple[memoryview]] = []
         self._boundaries: Boundaries | None = None
         if with_positions:
             entries = [entry for _, entry in shards]
@@ -122,15 +122,12 @@ class WindowReader:
         """
         if len(self._raw) != len(shards):
             self._raw = np.empty((len(shards), self._seq_len + 1), self._dtype)
-            self._rows = [row.data.cast("B") for row in self._raw]
-        rows, short = self._rows, list[tuple[int, int]]()
+            self._rows = [(row.data.cast("B"),) for row in self._raw]
+        short = list[tuple[int, int]]()
         if places is None:
             places, short = self._find(shards, firsts)
-            rows = rows.copy()
-        for index, count in short:
-            rows[index] = rows[index][: count * self._dtype.itemsize]
-            self._raw[index, count:] = 0
-        self._read_rows(rows, shards, places)
+        if short or not self._read_full(shards, places):
+            self._read_rows(shards, places, dict(short))
         # An id beyond the embedding would surface as an index error deep in the model.
         if len(shards) and int(self._raw.max()) >= self._vocab_size:
             self._refuse_id(self._raw, shards, firsts)
@@ -146,16 +143,24 @@ class WindowReader:
                 short.append((index, tokens - first))
         return places, short
 
-    def _read_rows(self, rows: Sequence[memoryview], shards: Sequence[int], places: Sequence[int]) -> None:
-        """One system call a window; whatever else is done here for each is felt in the loader's speed."""
-        opened, preadv, shard, place = self._files.fds.get, os.preadv, 0, 0
+    def _read_full(self, shards: Sequence[int], places: Sequence[int]) -> bool:
+        """Read full windows, one system call each; False: some file is not open yet, or gave less.
+
+        Mapped, because whatever Python does for each window is felt in the loader's speed.
+        """
         try:
-            for row, shard, place in zip(rows, shards, places, strict=True):
-                fd = opened(shard) or self._files.get(shard)
-                if preadv(fd, (row,), place) != len(row):
-                    read_exactly(fd, row, place, self._paths[shard])
-        except OSError as error:
-            refuse_read(self._paths[shard], error, f" at byte {place}")
+            fds = map(self._files.fds.__getitem__, shards)
+            return sum(map(os.preadv, fds, self._rows, places)) == self._raw.nbytes
+        except (KeyError, OSError):
+            return False
+
+    def _read_rows(self, shards: Sequence[int], places: Sequence[int], short: dict[int, int]) -> None:
+        """Read windows one by one: their files are opened, an error says where; zeros after a short one."""
+        for index, (shard, place) in enumerate(zip(shards, places, strict=True)):
+            count = short.get(index, self._seq_len + 1)
+            self._raw[index, count:] = 0
+            row = self._rows[index][0][: count * self._dtype.itemsize]
+            read_exactly(self._files.get(shard), row, place, self._paths[shard])
 
     def _refuse_id(self, raw: np.ndarray, shards: Sequence[int], firsts: Sequence[int]) -> None:
         row, column = np.argwhere(raw >= self._vocab_size)[0].tolist()
