@@ -131,7 +131,7 @@ def _summary(
     """Medians; the first block warms up and is left out."""
     loop_s, loop_cpu_s = np.array(loop[1:]).T
     bare_s, bare_cpu_s = _between(np.array(bare[1:]))[: len(loop_s)].T
-    quartiles = statistics.quantiles(loop_s / bare_s - 1, n=4)
+    quartiles = statistics.quantiles(loop_s / bare_s - 1, n=4, method="inclusive")
     return {
         "loop_ms": 1000 * float(np.median(loop_s)) / block_steps,
         "bare_ms": 1000 * float(np.median(bare_s)) / block_steps,

@@ -138,6 +138,6 @@ def _time(model: nn.Module, ids: Tensor, positions: Tensor | None, precision: st
 
 def _row(tokens: int, plain_s: list[float], masked_s: list[float]) -> dict[str, Any]:
     ratios = [mine / theirs for mine, theirs in zip(masked_s, plain_s, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     ms = 1000 * statistics.median(masked_s)
     return {"tokens": tokens, "ms": ms, "ratio": middle, "quartiles": [low, high]}

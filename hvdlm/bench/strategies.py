@@ -171,7 +171,7 @@ def _time_step(strategy: Strategy, batch: StepBatch, here: torch.device) -> floa
 
 def _row(kind: tuple[str, str], seconds: list[float], none: list[float], tokens: int) -> dict[str, Any]:
     ratios = [mine / theirs for mine, theirs in zip(seconds, none, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
         "strategy": kind[0],
         "wire": kind[1],

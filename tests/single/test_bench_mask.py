@@ -22,6 +22,11 @@ def test_every_length_of_documents_is_compared(capsys: pytest.CaptureFixture[str
     assert mask.table(result).count("\ndocuments of ") == 2
 
 
+def test_quartiles_lie_between_what_was_measured() -> None:
+    row = mask._row(4, [1.0, 1.0], [1.0, 9.0])
+    assert 1 < row["quartiles"][0] < row["ratio"] == 5 < row["quartiles"][1] < 9
+
+
 def test_the_masked_steps_see_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(mask, "_time", lambda model, ids, positions, precision: seen.append(positions) or 1.0)
