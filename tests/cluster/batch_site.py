@@ -46,9 +46,16 @@ def environment(site: Path) -> dict[str, str]:
 
 
 def slurm(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m hvdlm.slurm` from the folder of the site; logs go there."""
+    """`python -m hvdlm.slurm` from the folder of the site; logs go there.
+
+    Not by `helpers.run`, which would kill the jobs that have begun by then: they have its token.
+    """
     command = [sys.executable, "-m", "hvdlm.slurm", *arguments]
-    return helpers.run(command, cwd=site.parent, env=environment(site))
+    output, errors = subprocess.PIPE, subprocess.STDOUT
+    env = {**os.environ, **environment(site)}
+    return subprocess.run(
+        command, cwd=site.parent, env=env, stdout=output, stderr=errors, text=True, timeout=120
+    )
 
 
 def submit(site: Path, train: list[str], *options: str) -> list[str]:
