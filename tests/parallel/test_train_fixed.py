@@ -63,16 +63,7 @@ def one_rank(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {slots: train(tiny_data, folder / f"{slots}", ranks=1, slots=slots) for slots in BATCHES}
 
 
-@pytest.mark.parametrize(
-    ("ranks", "slots"),
-    [
-        (2, 8),
-        (3, 8),
-        (4, 6),
-        (8, 6),
-        *(pytest.param(*even, marks=pytest.mark.long) for even in [(4, 8), (8, 8), (2, 6)]),
-    ],
-)
+@pytest.mark.parametrize(("ranks", "slots"), [(2, 8), (3, 8), (4, 8), (8, 8), (2, 6), (4, 6), (8, 6)])
 def test_every_number_of_ranks_has_the_bits_of_one(
     ranks: int, slots: int, tiny_data: Path, tmp_path: Path, one_rank: dict[int, Path]
 ) -> None:
