@@ -199,8 +199,8 @@ class Loader:
             shape = (steps_a_block, len(self._slots), plan.micro_batch)
             shards, firsts = (a.reshape(shape) for a in locate(windows, self._first, plan.seq_len))
             places = self._offsets[shards] + firsts * self._token_bytes
-            # Array by array a step would take twice as long.
-            yield from zip(steps.tolist(), shards.tolist(), firsts.tolist(), places.tolist(), strict=True)
+            for k, step in enumerate(steps.tolist()):
+                yield step, shards[k].tolist(), firsts[k].tolist(), places[k].tolist()
 
     def _batch(self, step: int, slots: list[Slot]) -> StepBatch:
         first, end = step_samples(step, self._plan.global_batch)

@@ -14,7 +14,6 @@ import xxhash
 
 ROUNDS = 8
 _MASK64 = (1 << 64) - 1
-_PACK_2, _PACK_4 = struct.Struct("<2Q").pack, struct.Struct("<4Q").pack
 _ORDER, _RNG = 1, 2
 SLOTS, CHUNKS, GROUPS = 3, 4, 5
 """Domains, as are the two above: the order, the dropout and the blend of one seed share no key."""
@@ -94,7 +93,7 @@ def share_of(count: int, share: tuple[int, int]) -> range:
 
 def slot_seed(seed: int, step: int, slot: int) -> int:
     """A 63-bit seed for the random numbers of one micro-slot, whoever computes it."""
-    return xxhash.xxh3_64_intdigest(_PACK_4(_RNG, seed & _MASK64, step, slot)) >> 1
+    return xxhash.xxh3_64_intdigest(struct.pack("<4Q", _RNG, seed & _MASK64, step, slot)) >> 1
 
 
 def shuffle_keys(domain: int, seed: int, *numbers: np.ndarray) -> np.ndarray:
@@ -108,7 +107,7 @@ def shuffle_keys(domain: int, seed: int, *numbers: np.ndarray) -> np.ndarray:
     Returns:
         uint64 [k], or [1] where all are equal.
     """
-    keys = np.array([xxhash.xxh3_64_intdigest(_PACK_2(domain, seed & _MASK64))], np.uint64)
+    keys = np.array([xxhash.xxh3_64_intdigest(struct.pack("<2Q", domain, seed & _MASK64))], np.uint64)
     for values in numbers:
         if len(values) and values[0] == values[-1] and (values == values[0]).all():
             values = values[:1]

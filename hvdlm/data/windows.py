@@ -149,7 +149,8 @@ class WindowReader:
         Mapped, because whatever Python does for each window is felt in the loader's speed.
         """
         try:
-            fds = map(self._files.fds.__getitem__, shards)
+            # All of them before the first is read from: what one that is missing ends would be read again.
+            fds = list(map(self._files.fds.__getitem__, shards))
             return sum(map(os.preadv, fds, self._rows, places)) == self._raw.nbytes
         except (KeyError, OSError):
             return False

@@ -162,6 +162,19 @@ def test_files_kept_open_are_few_and_all_closed(tmp_path: Path, monkeypatch: pyt
     assert open_files() == before
 
 
+def test_a_window_is_read_once_however_few_files_are_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hvdlm.data.loader.MAX_OPEN_FILES", 30)
+    make_data_set(tmp_path, {f"train-{i:05}": 60 for i in range(40)})
+    whole, reads = os.preadv, []
+    monkeypatch.setattr(os, "preadv", lambda *call: reads.append(call) or whole(*call))
+    loader = Loader(
+        [Source(tmp_path, read_manifest(tmp_path))], "train", plan=PLAN, share=(0, 1), prefetch_steps=0
+    )
+    assert len(rows(take(loader, 0, 50))) == len(reads) == 50 * PLAN.global_batch
+
+
 def test_closing_ends_the_threads_at_any_moment(data: tuple) -> None:
     before = threading.active_count()
     for taken in (0, 1, 7):
