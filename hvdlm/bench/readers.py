@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from hvdlm.data.loader import BatchPlan, Loader
+from hvdlm.data.manifest import read_manifest
 from hvdlm.data.sources import read_sources
 from hvdlm.data.through_hdf5 import Hdf5Windows
 
@@ -24,6 +25,9 @@ FLAT_FILE = "tokens.bin"
 """All ids of the shards in one file, as nanoGPT has them; written by `bench loader`."""
 _DRAWN_BATCHES = 256  # Random places drawn at a time, so that drawing costs the others next to nothing.
 _LITDATA_ITEM_TOKENS = 1 << 16  # Its chunks end between items.
+# 40 million tokens are 16 such chunks, as many as 1 GB in its documentation's chunks of 64 MB: of a few it
+# would keep all mapped.
+_LITDATA_CHUNK_TOKENS = 40 * _LITDATA_ITEM_TOKENS
 
 Reader = Callable[[Path], Iterator[Any]]
 
@@ -43,18 +47,25 @@ def hvdlm_loader(
 
 
 def bare_preadv(folder: Path) -> Iterator[Any]:
-    """The floor: preadv of each window of one file into a buffer, and one conversion a batch."""
-    fd = os.open(folder / FLAT_FILE, os.O_RDONLY)
-    tokens = (folder / FLAT_FILE).stat().st_size // 2
+    """The floor: preadv of each window of the same shards into a buffer, and one conversion a batch."""
+    entries = read_manifest(folder).split("train")
+    fds = np.array([os.open(folder / entry.name, os.O_RDONLY) for entry in entries])
+    offsets = np.array([entry.extents.tokens.offset for entry in entries])
+    starts = min(entry.tokens for entry in entries) - SEQ_LEN
     raw = np.empty((BATCH, SEQ_LEN + 1), np.uint16)
     rows = [row.data.cast("B") for row in raw]
+    rng, drawn = np.random.default_rng(0), (_DRAWN_BATCHES, BATCH)
     try:
-        for places in _random_places(tokens):
-            for row, place in zip(rows, places, strict=True):
-                os.preadv(fd, [row], 2 * place)
-            yield torch.from_numpy(raw.astype(np.int64))
+        while True:
+            shards = rng.integers(len(entries), size=drawn)
+            places = offsets[shards] + 2 * rng.integers(starts, size=drawn)
+            for batch in zip(fds[shards].tolist(), places.tolist(), strict=True):
+                for row, fd, place in zip(rows, *batch, strict=True):
+                    os.preadv(fd, [row], place)
+                yield torch.from_numpy(raw.astype(np.int64))
     finally:
-        os.close(fd)
+        for fd in fds.tolist():
+            os.close(fd)
 
 
 def nanogpt(folder: Path) -> Iterator[Any]:
@@ -92,26 +103,22 @@ def torch_workers(folder: Path) -> Iterator[Any]:
 
 
 def litdata(folder: Path) -> Iterator[Any]:
-    """litdata's TokensLoader, shuffled, without workers."""
-    import litdata as library
+    """litdata's TokensLoader, windows from anywhere, as the loader's order has them; without workers."""
+    windows = _litdata_windows(folder, shuffle=False)
+    rng = np.random.default_rng(0)
+    while True:
+        for drawn in rng.integers(len(windows), size=(_DRAWN_BATCHES, BATCH)).tolist():
+            yield torch.stack([windows[i] for i in drawn]).to(torch.int64)
 
-    target = folder / "litdata"
-    if not target.exists():
-        library.optimize(
-            fn=_FlatTokens(folder / FLAT_FILE),
-            inputs=[0],
-            output_dir=str(target),
-            chunk_size=(SEQ_LEN + 1) * 8192,
-            item_loader=library.TokensLoader(),
-            num_workers=1,
-            start_method="spawn",
-            verbose=False,
-        )
-    windows = library.StreamingDataset(
-        str(target), item_loader=library.TokensLoader(block_size=SEQ_LEN + 1), shuffle=True, drop_last=True
-    )
-    loader = library.StreamingDataLoader(windows, batch_size=BATCH, num_workers=0, drop_last=True)
-    return (batch.to(torch.int64) for batch in _again_and_again(loader))
+
+def litdata_by_chunk(folder: Path) -> Iterator[Any]:
+    """litdata's TokensLoader in its own order: shuffled chunks, one at a time; without workers."""
+    from litdata import StreamingDataLoader
+
+    windows = _litdata_windows(folder, shuffle=True)
+    loader = StreamingDataLoader(windows, batch_size=BATCH, num_workers=0, drop_last=True)
+    for batch in _again_and_again(loader):
+        yield batch.to(torch.int64)
 
 
 def mosaicml_streaming(folder: Path) -> Iterator[Any]:
@@ -138,10 +145,11 @@ READERS: dict[str, Reader] = {
     "h5py": h5py_slices,
     "torch workers": torch_workers,
     "litdata": litdata,
+    "litdata by chunk": litdata_by_chunk,
     "streaming": mosaicml_streaming,
 }
-OPTIONAL = ("litdata", "streaming")
-"""Readers that need a library of the same import name."""
+OPTIONAL = {"litdata": "litdata", "litdata by chunk": "litdata", "streaming": "streaming"}
+"""What readers import that not everybody has."""
 
 
 def installed() -> dict[str, Reader]:
@@ -149,8 +157,28 @@ def installed() -> dict[str, Reader]:
     return {
         name: reader
         for name, reader in READERS.items()
-        if name not in OPTIONAL or importlib.util.find_spec(name) is not None
+        if name not in OPTIONAL or importlib.util.find_spec(OPTIONAL[name]) is not None
     }
+
+
+def _litdata_windows(folder: Path, *, shuffle: bool) -> Any:
+    """Its data set of the same tokens, written when the first batch is asked for: readers take turns."""
+    import litdata as library
+
+    target = folder / "litdata"
+    if not target.exists():
+        library.optimize(
+            fn=_FlatTokens(folder / FLAT_FILE),
+            inputs=[0],
+            output_dir=str(target),
+            chunk_size=_LITDATA_CHUNK_TOKENS,
+            item_loader=library.TokensLoader(),
+            num_workers=1,
+            start_method="spawn",
+            verbose=False,
+        )
+    loader = library.TokensLoader(block_size=SEQ_LEN + 1)
+    return library.StreamingDataset(str(target), item_loader=loader, shuffle=shuffle, drop_last=True)
 
 
 class _FlatTokens:
@@ -162,12 +190,6 @@ class _FlatTokens:
     def __call__(self, _: int) -> Iterator[torch.Tensor]:
         ids = torch.from_numpy(np.fromfile(self._path, np.uint16))
         yield from ids.split(_LITDATA_ITEM_TOKENS)
-
-
-def _random_places(tokens: int) -> Iterator[list[int]]:
-    rng = np.random.default_rng(0)
-    while True:
-        yield from rng.integers(tokens - SEQ_LEN, size=(_DRAWN_BATCHES, BATCH)).tolist()
 
 
 def _again_and_again(loader: Iterable[Any]) -> Iterator[Any]:

@@ -49,7 +49,8 @@ class BatchPlan:
         return self.global_batch // self.micro_batch
 
 
-@dataclass(frozen=True, eq=False)
+# Neither is frozen: that would cost the loader a fiftieth of its speed.
+@dataclass(eq=False, slots=True)
 class Slot:
     """One forward and backward pass: its index in the step, the seed of its random numbers, and
     "tokens" and "labels" int64 [micro_batch, seq_len], which are views of one buffer; with a document
@@ -60,7 +61,7 @@ class Slot:
     batch: dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class StepBatch:
     """This share of one step, counted from 1, which takes the samples [first_sample, end_sample).
     `label_count` is the number of labels in the whole global batch: all of them, also with a document
