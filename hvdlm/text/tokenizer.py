@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -107,7 +108,7 @@ class Tokenizer:
             texts: without lone surrogates, of any length (long ones are cut, see `text.pieces`).
 
         Returns:
-            One array of `dtype` [tokens] a text.
+            One array of `dtype` [tokens] a text, not to be written to.
         """
         if self.is_byte:
             return [byte.encode(text) for text in texts]
@@ -139,7 +140,7 @@ class Tokenizer:
 
     def _encode_by_library(self, pieces: list[str]) -> list[np.ndarray]:
         encoded = self._library.encode_batch_fast(pieces, add_special_tokens=False)
-        return [np.array(result.ids, dtype=self.dtype) for result in encoded]
+        return [_array(result.ids, self.dtype) for result in encoded]
 
     def _find_eos(self, eos: str, vocab: dict[str, int]) -> int | None:
         if eos and eos not in vocab:
@@ -220,6 +221,11 @@ def _parse(json_bytes: bytes, name: str) -> tokenizers.Tokenizer:
     library.no_padding()
     library.encode_special_tokens = True
     return library
+
+
+def _array(ids: list[int], dtype: np.dtype) -> np.ndarray:
+    """Ids as an array: half the time of numpy's own conversion, which looks at each one's type."""
+    return np.frombuffer(struct.pack(f"{len(ids)}{dtype.char}", *ids), dtype)
 
 
 def _groups(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
