@@ -130,8 +130,8 @@ class WindowReader:
             places, short = self._find(shards, firsts)
         if short or not self._read_full(shards, places):
             self._read_rows(shards, places, dict(short))
-        # An id beyond the embedding would surface as an index error deep in the model. `argmax` finds the
-        # greatest in three quarters of the time of `max`.
+        # An id beyond the embedding would surface as an index error deep in the model. `max` takes longer:
+        # it goes through Python and the machinery of ufuncs.
         if len(shards) and self._ids.item(self._ids.argmax()) >= self._vocab_size:
             self._refuse_id(self._raw, shards, firsts)
         return self._raw, short
