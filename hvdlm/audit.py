@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from hvdlm.config import EXIT_CRASH, EXIT_DONE, run_command
-from hvdlm.dataset.terminal import say
 from hvdlm.run.audit import Recorded, enumerate_draws, open_recorded, problem_of_run, readings
 from hvdlm.run.replay import ReplayedSlot, replay
 from hvdlm.text.tokenizer import Tokenizer, load
@@ -38,12 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.replay is not None:
         slots, text = replay(run, args.replay), load(run.checkpoint.tokenizer_path)
         if args.json:
-            say(json.dumps({"step": args.replay, "slots": [_decoded(slot, text) for slot in slots]}))
+            print(json.dumps({"step": args.replay, "slots": [_decoded(slot, text) for slot in slots]}))
         else:
-            say("\n".join(_replay_lines(run, args.replay, slots, text=text, full=args.full)))
+            print("\n".join(_replay_lines(run, args.replay, slots, text=text, full=args.full)))
         return EXIT_DONE
     found = report(run, enumerated=args.enumerate or run.samples <= ENUMERATED_SAMPLES)
-    say(json.dumps(found) if args.json else "\n".join(_table(found)))
+    print(json.dumps(found) if args.json else "\n".join(_table(found)))
     return EXIT_DONE if found["proven"] else EXIT_CRASH
 
 

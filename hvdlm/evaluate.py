@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hvdlm.data.entries import SPLITS
 from hvdlm.data.loader import BatchPlan, evaluation_batches
 from hvdlm.data.manifest import Manifest
 from hvdlm.data.sources import Source, read_sources
+from hvdlm.data.verify import require_intact
 from hvdlm.parallel.forward import evaluate
 from hvdlm.run import crash
 from hvdlm.run.evaluation import mean_loss
@@ -72,13 +74,16 @@ def _evaluate(args: argparse.Namespace, ranks: World) -> dict[str, object]:
         name="evaluate.manifests",
     )
     sources = [Source(Path(f), Manifest.from_json(text)) for f, text in zip(folders, texts, strict=True)]
+    share = (ranks.rank, ranks.size)
+    for source in sources:
+        require_intact(source, share=share, splits=(args.split,))
     batches = evaluation_batches(
         sources,
         args.split,
         plan=BatchPlan(
             data.seq_len, train.global_batch, train.micro_batch, train.seed, document_mask=data.document_mask
         ),
-        share=(ranks.rank, ranks.size),
+        share=share,
         limit_batches=0,
     )
     precision = args.precision or train.precision
@@ -122,7 +127,7 @@ def _read_fitting(folders: list[str], trained: Trained) -> list[Source]:
     if found != wanted:
         raise UserError(
             f"{folders[0]}: was made with tokenizer {found[:12]}, the run was trained with {wanted[:12]}; "
-            f"preprocess again with --tokenizer {trained.checkpoint.tokenizer_path}"
+            f"preprocess again with --tokenizer {shlex.quote(str(trained.checkpoint.tokenizer_path))}"
         )
     return sources
 

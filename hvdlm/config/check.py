@@ -56,6 +56,14 @@ _NOT_NEGATIVE = (
     "parallel.cycle_ms",
     "parallel.stall_timeout_s",
 )
+_AT_MOST = {
+    "data.seq_len": 1 << 24,
+    "data.shuffle_mb": 1 << 30,
+    "train.steps": 1 << 40,
+    "train.tokens": 1 << 60,
+    "train.global_batch": 1 << 22,
+}
+"""So far the numbers of samples and bytes stay below 2^63."""
 _ABOVE_ZERO = ("model.rope_theta", "model.norm_eps", "optim.eps", "parallel.bucket_mb")
 
 
@@ -65,6 +73,10 @@ def _check_ranges(config: RunConfig) -> None:
         value, above = getattr(getattr(config, section), name), key in _ABOVE_ZERO
         holds = 0 < value < math.inf if above else 0 <= value < math.inf
         _require(holds, f"{key} {value} must be {'above 0' if above else '0 or more'}")
+    for key, most in _AT_MOST.items():
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        _require(value <= most, f"{key} {value} must be {most} at most")
     _require(bool(config.train.out), "train.out must name a folder, or be 'auto'")
 
 
@@ -109,6 +121,7 @@ def _check_weights(data: DataConfig) -> None:
         """'{"data/code": 3, "data/prose": 1}'""",
     )
     _require(bool(data.weights), "data.path is an empty table; name at least one folder")
+    _require(all(data.weights), "data.path must name a folder")
     total = sum(data.weights.values())
     for folder, weight in data.weights.items():
         _require(weight >= 1, f"data.path: weight {weight} of {folder} must be at least 1; or leave it out")

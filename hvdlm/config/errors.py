@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 EXIT_DONE = 0
 EXIT_CRASH = 1
@@ -20,11 +21,11 @@ class UserError(Exception):
 
     The message says where, what was found, what was needed, and what to do. `exit_code` is
     2 where retrying cannot help (usage, configuration, bad input) and 1 where it may
-    (a full disk, a diverged run).
+    (a full disk, a diverged run). What it quotes may hold line breaks: they are escaped.
     """
 
     def __init__(self, message: str, exit_code: int = EXIT_USAGE) -> None:
-        super().__init__(message)
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
         self.exit_code = exit_code
 
 
@@ -34,10 +35,9 @@ def run_command(name: str, main: Callable[[], int]) -> int:
     Returns:
         The process exit code; 141 where the reader of stdout went away, which is no error (`| head`).
     """
+    _ready_streams()
     try:
-        exit_code = main()
-        sys.stdout.flush()
-        return exit_code
+        return _flushed(main())
     except UserError as error:
         print(f"hvdlm {name}: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -45,6 +45,30 @@ def run_command(name: str, main: Callable[[], int]) -> int:
         print(f"hvdlm {name}: interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more at exit, which would print a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         return EXIT_BROKEN_PIPE
+
+
+def _ready_streams() -> None:
+    """Streams that are there, and escape what their encoding cannot show."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # Closed by the caller; the next file opened would get its number.
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (open as long as the process)
+    if getattr(sys.stdout, "errors", "") == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def _flushed(exit_code: int) -> int:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _give_up_stdout()
+        raise UserError(f"standard output: cannot be written: {error.strerror}", EXIT_CRASH) from error
+    return exit_code
+
+
+def _give_up_stdout() -> None:
+    # Python flushes stdout once more at exit, which would print a traceback.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

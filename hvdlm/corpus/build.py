@@ -12,9 +12,8 @@ Stages, each done by whoever of the crew is there; a stage is over when all its 
 from __future__ import annotations
 
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,28 +22,23 @@ from typing import Any
 
 from hvdlm.config import EXIT_CRASH, UserError
 from hvdlm.corpus import crew as crews
-from hvdlm.corpus import dedup, existing, hold, memory, stats
+from hvdlm.corpus import dedup, existing, hold, stats
 from hvdlm.corpus.crew import Crew
 from hvdlm.corpus.encode import encode_task, refuse_write
 from hvdlm.corpus.install import LostError, install, refuse_bad, refuse_empty
-from hvdlm.corpus.job import ENCODER_NAME, TOKENIZER_NAME, Job, Tally
+from hvdlm.corpus.job import TOKENIZER_NAME, Job, Tally
 from hvdlm.corpus.options import Options, Source, look_up, record
 from hvdlm.corpus.plan import Task, make_plan
 from hvdlm.corpus.pool import Team
 from hvdlm.corpus.progress import Progress
-from hvdlm.corpus.training_text import sample_texts, share_bytes, training_texts
+from hvdlm.corpus.tokenizer_stage import forget_choice, provide
 from hvdlm.corpus.work import GoneError, PeerError, StoppedError, Work
 from hvdlm.data import manifest as manifests
 from hvdlm.data.files import write_atomic
 from hvdlm.data.manifest import Manifest, read_manifest
-from hvdlm.text import TOKENIZERS, fast
-from hvdlm.text import tokenizer as tokenizers
-from hvdlm.text.tokenizer import from_library
+from hvdlm.text import fast
 
-FAST_FROM_BYTES = 64 << 20
-"""Input from which the fast encoder is tried: proving that its ids are equal takes some seconds."""
 _POLL_S = 0.2
-_WORTH_KEEPING = ("hash", "encode")
 _TIMED = ("hash", "tokenizer", "encode")
 
 
@@ -96,7 +90,9 @@ def build(
             if not surely:
                 hold.refuse_others(options.out, work)
             made = _attempt(options, work, workers=workers, force=force)
-        work.remove()
+            keeps = not made and _keeps(work)
+        if not keeps:
+            work.remove()
         return Built(read_manifest(options.out), stats.read(options.out), made)
 
 
@@ -113,6 +109,13 @@ def _attempt(options: Options, work: Work, *, workers: int, force: bool) -> bool
         raise
 
 
+def _keeps(work: Work) -> bool:
+    """Whether a start that had nothing to do has found work of another data set, which stays."""
+    with suppress(GoneError):
+        return bool(work.result("open", 0)["keep"])
+    return False
+
+
 def _is_over(out: Path, work: Work) -> bool:
     """Whether others have taken over while this process slept, and have completed the data set."""
     return work.is_gone() and (out / manifests.FILE_NAME).exists()
@@ -127,7 +130,7 @@ def _fail(work: Work, error: BaseException) -> None:
     with suppress(GoneError, OSError):
         # What a start that was refused has found there is another's.
         own = work.is_done("open", 0) or existing.read_record(work.folder) is None
-        if own and work.crew.size == 1 and not any(work.done(stage) for stage in _WORTH_KEEPING):
+        if own and work.crew.size == 1 and not any(work.done(stage) for stage in existing.WORTH_KEEPING):
             work.remove()
 
 
@@ -145,7 +148,7 @@ def _build(options: Options, work: Work, *, workers: int, force: bool) -> bool:
     ):
         if job.keep.dedup:
             find_duplicates(job, work, team, progress, count=count, total_bytes=total_bytes)
-        _once(work, "tokenizer", lambda: _tokenizer(options, job, opened, progress))
+        _once(work, "tokenizer", lambda: provide(options, job, opened, progress))
         progress.stage("encode", count=count, total_bytes=total_bytes, before=_done_before(work, job))
         team.run("encode", encode_task, count)
     _once(work, "install", lambda: _install(options, work, job, opened))
@@ -193,14 +196,15 @@ def _open(options: Options, work: Work, *, force: bool) -> dict[str, Any]:
     source = look_up(options)
     made_from = record(options, source)
     if existing.find_same(options.out, made_from, force=force, start=work.crew.name) is not None:
-        return {"same": True}
-    existing.open_work(options.out, work, made_from, force=force)
+        return {"same": True, "keep": existing.is_anothers(work, made_from)}
+    # Before anything is written: what cannot be planned leaves no work to be in the next command's way.
     tasks = plan_of(options, source)
     if not tasks:
         raise UserError(f"{' '.join(options.inputs)}: holds no documents; needed some text")
+    existing.open_work(options.out, work, made_from, force=force)
     job_of(options, work.folder).write_plan(tasks)
     if options.encoder == "reference":
-        _forget_choice(work)
+        forget_choice(work)
     if source.tokenizer:
         write_atomic(work.folder / TOKENIZER_NAME, source.tokenizer.json_bytes)
     return {
@@ -211,15 +215,6 @@ def _open(options: Options, work: Work, *, force: bool) -> dict[str, Any]:
         "given": source.tokenizer is not None,
         "record": made_from,
     }
-
-
-def _forget_choice(work: Work) -> None:
-    """Drop the fast encoder that an earlier start chose, and what it has encoded."""
-    path = work.folder / ENCODER_NAME
-    if path.exists():
-        for index in work.done("encode"):
-            work.forget("encode", index)
-        path.unlink()
 
 
 def job_of(options: Options, folder: Path) -> Job:
@@ -248,35 +243,6 @@ def _done_before(work: Work, job: Job) -> Tally:
     return Tally(sum(job.task(index).size_bytes for index in done), tasks=len(done))
 
 
-def _tokenizer(options: Options, job: Job, opened: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Train the tokenizer, where none was given, and choose the encoder for all processes."""
-    begun = time.monotonic()
-    if not opened["given"]:
-        builder = TOKENIZERS[options.tokenizer]
-        texts: Iterator[str] = iter(())
-        if options.tokenizer != "byte":
-            count, total_bytes = opened["tasks"], opened["bytes"]
-            share = share_bytes(count, total_bytes)
-            progress.stage(
-                f"train {options.tokenizer} tokenizer",
-                count=count,
-                total_bytes=min(total_bytes, share * count),
-            )
-            texts = training_texts(job, count, total_bytes=total_bytes, report=progress)
-        trained = from_library(builder(texts, opened["vocab_size"]))
-        write_atomic(job.folder / TOKENIZER_NAME, trained.json_bytes)
-        memory.give_back()
-    if options.encoder == "auto" and opened["bytes"] >= FAST_FROM_BYTES:
-        reference = tokenizers.load(job.folder / TOKENIZER_NAME, eos=job.eos)
-        choice = fast.check(reference, sample_texts(job, opened["tasks"]))
-        if fast.line(choice):
-            print(f"hvdlm preprocess: {fast.line(choice)}", file=sys.stderr, flush=True)
-        job.write_choice(choice)
-        del reference
-        memory.give_back()
-    return {"seconds": time.monotonic() - begun}
-
-
 def _install(options: Options, work: Work, job: Job, opened: dict[str, Any]) -> dict[str, Any]:
     encoded = [work.result("encode", index) for index in range(opened["tasks"])]
     refuse_bad(encoded, options)
@@ -284,7 +250,7 @@ def _install(options: Options, work: Work, job: Job, opened: dict[str, Any]) -> 
         refuse_empty(encoded, options)
     except UserError:
         # The same command cannot do better: what is done helps nobody.
-        for stage in _WORTH_KEEPING:
+        for stage in existing.WORTH_KEEPING:
             shutil.rmtree(work.folder / "done" / stage, ignore_errors=True)
         raise
     making = {"start": work.crew.name, "encoder": job.choice or fast.REFERENCE}

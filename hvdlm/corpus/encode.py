@@ -80,13 +80,15 @@ def rejects_path(job: Job, index: int) -> Path:
 
 
 def refuse_write(folder: Path, error: OSError) -> NoReturn:
-    """Turn a write that the file system refused into one line; any other failure stays what it is."""
+    """Turn a write that the file system refused into one line; a file that is gone stays what it is."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         cure, code = "free space or choose another --out, then run again", EXIT_CRASH
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         cure, code = "choose another --out", EXIT_USAGE
-    else:
+    elif isinstance(error, FileNotFoundError) or error.errno is None:
         raise error
+    else:
+        cure, code = "check the folder and the file system", EXIT_CRASH
     raise UserError(f"{folder}: cannot be written: {error.strerror}; {cure}", code) from error
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from hvdlm.config import UserError
 from hvdlm.corpus import stats
-from hvdlm.corpus.job import TOKENIZER_NAME
+from hvdlm.corpus.job import REJECTS_NAME, TOKENIZER_NAME
 from hvdlm.corpus.work import Work
 from hvdlm.data import manifest as manifests
 from hvdlm.data.entries import SPLITS
@@ -18,8 +19,10 @@ from hvdlm.data.manifest import Manifest, read_manifest
 
 TASKS_NAME = "tasks.json"
 """How many training shards each task made."""
-_BESIDE = (stats.FILE_NAME, stats.SECONDS_NAME, stats.PLOT_NAME, "rejects.jsonl")
+_BESIDE = (TASKS_NAME, stats.FILE_NAME, stats.SECONDS_NAME, stats.PLOT_NAME, REJECTS_NAME)
 WORK_NAME = f"{TEMP_PREFIX}preprocess"
+WORTH_KEEPING = ("hash", "encode")
+"""Stages whose results nobody throws away unasked."""
 
 
 def find_same(folder: Path, record: dict[str, Any], *, force: bool, start: str) -> Manifest | None:
@@ -35,24 +38,24 @@ def find_same(folder: Path, record: dict[str, Any], *, force: bool, start: str) 
         Its manifest, or None where this run has to (and may) make one.
 
     Raises:
-        UserError: the folder holds another or a damaged data set, or shards of unknown origin.
+        UserError: the folder holds another or a damaged data set, or files of unknown origin that this one
+            would replace.
     """
     has_manifest = (folder / manifests.FILE_NAME).exists()
     before = read_record(folder)
     own = before is not None and stats.read_making(folder).get("start") == start
-    if force and not (own and before is not None and _comparable(before) == _comparable(record)):
-        return None
-    if not has_manifest and (before is not None or not _shards(folder)):
+    if force and not (own and _is_same(before, record)):
         return None
     if not has_manifest:
-        raise UserError(
-            f"{folder}: holds shards of unknown origin; choose another --out, or replace them by --force"
-        )
+        # Without a record, but with work begun: killed while another data set was put away.
+        if before is None and not _is_same(read_record(folder / WORK_NAME), record):
+            _refuse_foreign(folder, record)
+        return None
     if before is None:
         raise UserError(
             f"{folder}: holds a data set of unknown origin; choose another --out, or replace it by --force"
         )
-    if _comparable(before) != _comparable(record):
+    if not _is_same(before, record):
         raise UserError(
             f"{folder}: holds a data set made otherwise ({_difference(before, record)}); "
             "choose another --out, or replace it by --force"
@@ -72,20 +75,33 @@ def open_work(folder: Path, work: Work, record: dict[str, Any], *, force: bool) 
         UserError: the work is of a data set made otherwise, and may not be thrown away.
     """
     work.remove_leftovers()
-    before = read_record(work.folder)
-    if before is not None and _comparable(before) != _comparable(record) and not force:
+    if not force and is_anothers(work, record):
+        before = read_record(work.folder) or {}
         raise UserError(
             f"{folder}: holds unfinished work, begun otherwise ({_difference(before, record)}); "
             "put that back to go on, choose another --out, or begin anew with --force"
         )
-    if before is None or _comparable(before) != _comparable(record):
+    if not _is_same(read_record(work.folder), record):
         work.begin_anew()
         write_record(work.folder, record)
+
+
+def is_anothers(work: Work, record: dict[str, Any]) -> bool:
+    """Whether the work is of a data set made otherwise, and some of it is done.
+
+    Raises:
+        GoneError: the data set is complete.
+    """
+    before = read_record(work.folder)
+    if before is None or _is_same(before, record):
+        return False
+    return any(work.done(stage) for stage in WORTH_KEEPING)
 
 
 def put_away(folder: Path, into: Path) -> None:
     """Move a data set or the rest of one, the manifest first, so that half of one is never taken for it.
 
+    Its tokenizer stays until the next replaces it: a killed run may have been given that very file.
     Not removed: a process that sleeps in here until others have completed theirs finds no `into` to move to.
 
     Args:
@@ -96,10 +112,17 @@ def put_away(folder: Path, into: Path) -> None:
         FileNotFoundError: the work is gone.
     """
     into.mkdir(exist_ok=True)
-    names = (manifests.FILE_NAME, RECORD_NAME, TASKS_NAME, TOKENIZER_NAME, *_BESIDE)
-    for path in [*(folder / name for name in names), *_shards(folder), *folder.glob(f"{TEMP_PREFIX}*")]:
+    names = (manifests.FILE_NAME, RECORD_NAME, *_BESIDE)
+    for path in [*(folder / name for name in names), *_shards(folder)]:
         if path.is_file():
             path.rename(into / path.name)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what a killed process was writing into the data set."""
+    for path in folder.glob(f"{TEMP_PREFIX}*"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
@@ -136,6 +159,24 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def _refuse_foreign(folder: Path, record: dict[str, Any]) -> None:
+    """Refuse to replace files that no data set is known to own."""
+    tokenizer = folder / TOKENIZER_NAME
+    names = [name for name in _BESIDE if (folder / name).exists()]
+    if tokenizer.is_file() and record["tokenizer"] != f"sha256:{sha256(tokenizer.read_bytes()).hexdigest()}":
+        names.append(TOKENIZER_NAME)
+    names += sorted(path.name for path in _shards(folder))
+    if names:
+        raise UserError(
+            f"{folder}: holds files of unknown origin that would be replaced ({', '.join(names[:3])}); "
+            "choose another --out, or replace them by --force"
+        )
+
+
+def _is_same(before: dict[str, Any] | None, record: dict[str, Any]) -> bool:
+    return before is not None and _comparable(before) == _comparable(record)
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ import numpy as np
 from hvdlm.config import EXIT_CRASH, EXIT_USAGE, UserError
 from hvdlm.corpus import existing, stats
 from hvdlm.corpus.encode import rejects_path, val_stem
-from hvdlm.corpus.job import TOKENIZER_NAME, Job
+from hvdlm.corpus.job import REJECTS_NAME, TOKENIZER_NAME, Job
 from hvdlm.corpus.options import Options
 from hvdlm.corpus.piles import Pile, is_whole
 from hvdlm.corpus.work import Work
@@ -25,9 +25,6 @@ from hvdlm.corpus.write import ShardWriter
 from hvdlm.data.entries import ShardEntry, parse_shard
 from hvdlm.data.files import publishing, write_atomic
 from hvdlm.data.manifest import Manifest, write_manifest
-
-REJECTS_NAME = "rejects.jsonl"
-
 
 _BEGUN_NAME = "installing"
 """In the work's folder once the output holds nothing but this data set's own files."""
@@ -91,6 +88,7 @@ def install(
         raise LostError(job.folder, sorted(lost))
     entries += [(f"val-{i:05d}.h5", entry) for i, entry in enumerate(merge_val(job, len(encoded)))]
     _begin(out, job, work, record)
+    existing.remove_temporary(out)
     write_atomic(out / TOKENIZER_NAME, (job.folder / TOKENIZER_NAME).read_bytes())
     _join(out / REJECTS_NAME, [rejects_path(job, index) for index in range(len(encoded))])
     stats.write(out, encoded, making)

@@ -19,6 +19,7 @@ from hvdlm.text import fast, tokenizer
 from hvdlm.text.tokenizer import Tokenizer
 
 TOKENIZER_NAME, ENCODER_NAME = "tokenizer.json", "encoder.json"
+REJECTS_NAME = "rejects.jsonl"
 PLAN_NAME, OFFSETS_NAME = "plan.jsonl", "plan.offsets"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 from hvdlm.config import UserError
 from hvdlm.corpus import stdlib
-from hvdlm.corpus.job import TOKENIZER_NAME, Keep
+from hvdlm.corpus.job import REJECTS_NAME, TOKENIZER_NAME, Keep
 from hvdlm.corpus.readers import ReadOptions
 from hvdlm.corpus.sources import InputFile, digest, find_inputs
 from hvdlm.data.shards import MAX_SHARD_TOKENS
@@ -19,6 +20,9 @@ from hvdlm.text import tokenizer as tokenizers
 from hvdlm.text.tokenizer import Tokenizer, from_library
 
 MIN_SHARD_TOKENS = 16
+_KINDS = dict.fromkeys(("eos", "field", "document", "invalid"), str) | dict.fromkeys(
+    ("min_chars", "max_chars", "shard_tokens", "seed"), int
+)
 _ALL = 1 << 62  # Bad records that were allowed once are allowed again.
 
 
@@ -91,8 +95,8 @@ def look_up(options: Options) -> Source:
     keep = options.keep
     if keep.max_chars and keep.max_chars < keep.min_chars:
         raise UserError(f"--max-chars {keep.max_chars}: is below --min-chars {keep.min_chars}")
-    files = find_inputs(options.inputs) if options.inputs else stdlib.find()
-    val_files = find_inputs(options.val)
+    files = _without_rejects(find_inputs(options.inputs) if options.inputs else stdlib.find(), options.out)
+    val_files = _without_rejects(find_inputs(options.val), options.out)
     both = {file.path for file in files} & {file.path for file in val_files}
     if both:
         raise UserError(f"{min(both)}: is both INPUT and --val; leave it out of one of them")
@@ -133,8 +137,15 @@ def record(options: Options, source: Source) -> dict[str, Any]:
 
 
 def from_record(out: Path, made_from: dict[str, Any]) -> Options:
-    """The options that a record was made from; its tokenizer is the one that lies in the data set."""
+    """The options that a record was made from; its tokenizer is the one that lies in the data set.
+
+    Raises:
+        KeyError, TypeError: it is no whole record.
+    """
     sources, val = made_from["sources"], made_from["val"]
+    for key, kind in _KINDS.items():
+        if type(made_from[key]) is not kind:
+            raise TypeError(key)
     return Options(
         out,
         tuple(sources["inputs"]),
@@ -149,8 +160,21 @@ def from_record(out: Path, made_from: dict[str, Any]) -> Options:
     )
 
 
+def _without_rejects(files: list[InputFile], out: Path) -> list[InputFile]:
+    """The files but for the rejects that an earlier run listed in a data set inside an input folder."""
+    own = os.path.realpath(out / REJECTS_NAME)
+    return [file for file in files if file.path != own]
+
+
 def _absolute(inputs: Sequence[str]) -> list[str]:
-    return [os.path.abspath(text) for text in inputs]  # noqa: PTH100 (a glob is no path)
+    return [_absolute_one(text) for text in inputs]
+
+
+def _absolute_one(text: str) -> str:
+    here = str(Path.cwd())
+    if glob.has_magic(text) and not os.path.lexists(text):
+        here = glob.escape(here)  # Only what the user wrote is a pattern.
+    return os.path.normpath(os.path.join(here, text))  # noqa: PTH118 (a glob is no path)
 
 
 def _totals(files: Sequence[InputFile]) -> dict[str, Any]:
@@ -174,11 +198,13 @@ def _load_tokenizer(name: str, eos: str) -> Tokenizer:
     if name.startswith(from_tiktoken.PREFIX):
         converted = from_tiktoken.build(name.removeprefix(from_tiktoken.PREFIX))
         return from_library(converted, name=name, eos=eos)
-    if not path.exists():
+    try:
+        path.stat()
+    except OSError as error:
         raise UserError(
-            f"--tokenizer {name}: no such file; needed {', '.join(TOKENIZERS)}, tiktoken:NAME, or the path "
-            "of a tokenizer.json or of a sentencepiece .model"
-        )
+            f"--tokenizer {name}: {error.strerror}; needed {', '.join(TOKENIZERS)}, tiktoken:NAME, or the "
+            "path of a tokenizer.json or of a sentencepiece .model"
+        ) from None
     if path.suffix == from_sentencepiece.SUFFIX:
         return from_library(from_sentencepiece.build(path), name=name, eos=eos)
     return tokenizers.load(path, eos=eos)

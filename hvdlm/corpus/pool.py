@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, final
@@ -25,6 +26,7 @@ from hvdlm.corpus.work import Work
 Step = Callable[[int, Job, Report], dict[str, Any]]
 """Does task `index` of a stage: (index, job, report) -> its result."""
 
+_OF_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_S = (0.05, 2.0)
 _PATIENCE_S = 0.5
 
@@ -126,7 +128,12 @@ class Team:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, replace(self._job)), daemon=True)
-        process.start()
+        # A signal to the whole group waits until the worker can leave it to its parent. Starting the tracker
+        # lets some of them through again (bpo-33613), so it comes first.
+        with _blocked():
+            resource_tracker.ensure_running()
+        with _blocked():
+            process.start()
         # Else this end stays open here, and the death of the worker goes unnoticed.
         theirs.close()
         self._workers.append(_Worker(process, ours))
@@ -160,6 +167,16 @@ def _death(worker: _Worker) -> UserError:
 
 
 @contextlib.contextmanager
+def _blocked() -> Iterator[None]:
+    """Signals wait, here and in a process that is started here, which inherits the mask."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_PARENT)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Keep the tokenizer to one thread: processes are the parallelism. It looks at every call."""
     name = "TOKENIZERS_PARALLELISM"
@@ -177,8 +194,9 @@ def one_thread() -> Iterator[None]:
 def _serve(pipe: Connection, job: Job) -> None:
     """A worker's life: tasks in, counts and results out."""
     # Slurm signals every process of a step, and one Ctrl-C reaches the whole group; the parent decides.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in _OF_PARENT:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_PARENT)
     # A closed pipe means that the parent is gone.
     with one_thread(), contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:

@@ -186,7 +186,7 @@ def _text_of_line(raw: bytes, options: ReadOptions) -> str | None:
         found = _JSON_NAMES.get(type(record), "a value")
         raise _BadRecordError(f"found {found}, needed an object with the field {field!r}; repair the line")
     if field not in record:
-        fields = ", ".join(list(record)[:12]) or "none"
+        fields = ", ".join(f"{name:.40}" for name in list(record)[:12]) or "none"
         raise _BadRecordError(f"no field {field!r}; choose with --field one of: {fields}")
     text = record[field]
     if not isinstance(text, str):

@@ -13,7 +13,7 @@ from hvdlm.config import UserError
 from hvdlm.corpus import crew as crews
 from hvdlm.corpus import existing, hold, stats
 from hvdlm.corpus.build import find_duplicates, job_of, plan_of
-from hvdlm.corpus.encode import encode_task
+from hvdlm.corpus.encode import encode_task, refuse_write
 from hvdlm.corpus.install import merge_val
 from hvdlm.corpus.job import TOKENIZER_NAME, Job, Report
 from hvdlm.corpus.options import Options, Source, from_record, look_up, record
@@ -21,7 +21,7 @@ from hvdlm.corpus.pool import Team
 from hvdlm.corpus.progress import Progress
 from hvdlm.corpus.work import Work
 from hvdlm.data.entries import ShardEntry, parse_shard
-from hvdlm.data.files import RECORD_NAME, TEMP_PREFIX, fsync
+from hvdlm.data.files import RECORD_NAME, TEMP_PREFIX, fsync, unwritable
 from hvdlm.data.manifest import Manifest
 from hvdlm.text import fast
 
@@ -51,7 +51,10 @@ def repair(folder: Path, manifest: Manifest, names: Collection[str], *, workers:
     crew = crews.alone()
     with hold.claimed(folder, existing.WORK_NAME, wait=False, crew=crew):
         shutil.rmtree(folder / _WORK_NAME, ignore_errors=True)
-        work = Work(folder / _WORK_NAME, crew, lambda: False)
+        try:
+            work = Work(folder / _WORK_NAME, crew, lambda: False)
+        except OSError as error:
+            refuse_write(folder, error)
         try:
             with work:
                 entries = _make(folder, manifest, work, names, workers)
@@ -112,12 +115,12 @@ def _made_from(folder: Path) -> tuple[Options, Source]:
         options = from_record(folder, made_from)
         before = [made_from[key] for key in ("inputs", "val")]
         before = [(one["files"], one["bytes"]) if isinstance(one, dict) else one for one in before]
-    except (KeyError, TypeError, ValueError):
+        source = look_up(options)
+        now = record(options, source)
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
             f"{folder / RECORD_NAME}: is damaged; copy it again, or preprocess again with --force"
         ) from None
-    source = look_up(options)
-    now = record(options, source)
     for name, then in zip(("inputs", "val"), before, strict=True):
         found = (now[name]["files"], now[name]["bytes"]) if isinstance(now[name], dict) else now[name]
         if found != then:
@@ -160,4 +163,7 @@ def _replace(work: Path, folder: Path, wanted: ShardEntry, made: ShardEntry | No
             f"{folder / wanted.name}: comes out with other bytes ({why}): its source has changed since, or a "
             "program; preprocess again with --force"
         )
-    (work / made.name).rename(folder / wanted.name)
+    try:
+        (work / made.name).rename(folder / wanted.name)
+    except OSError as error:
+        raise unwritable(folder / wanted.name, error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import stat
@@ -38,8 +39,8 @@ class InputFile:
 def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
     """Find the files that the user named.
 
-    A file that is named itself must be readable as input; in folders (searched through, hidden
-    ones left out) and globs other files are passed over, and so are empty ones.
+    A file that is named itself must be readable as input; in folders (searched through, links to folders
+    followed, hidden ones left out) and globs other files are passed over, and so are empty ones.
 
     Args:
         inputs: files, folders, or globs (`**` included).
@@ -53,7 +54,11 @@ def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
     """
     found: dict[str, InputFile] = {}
     for text in inputs:
-        for file in _expand(text):
+        try:
+            files = _expand(text)
+        except OSError as error:
+            _refuse(text, error)
+        for file in files:
             found.setdefault(file.path, file)
     return [found[path] for path in sorted(found)]
 
@@ -114,7 +119,12 @@ def _walk(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> NoReturn:
         _refuse(error.filename, error)
 
-    for root, folders, names in os.walk(folder, onerror=refuse):
+    seen: set[str] = set()
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
 
@@ -124,4 +134,6 @@ def _refuse(path: str | Path, error: OSError) -> NoReturn:
         raise UserError(f"{path}: not found; check the path, or put quotes around a pattern") from None
     if isinstance(error, PermissionError):
         raise UserError(f"{path}: permission denied; ask its owner, or leave it out") from None
+    if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP):
+        raise UserError(f"{path}: {error.strerror}; check the path") from None
     raise UserError(f"{path}: {error.strerror}; check the file system", EXIT_CRASH) from None

@@ -11,7 +11,7 @@ import numpy as np
 from hvdlm.config import UserError
 from hvdlm.data.entries import ShardEntry
 from hvdlm.data.extents import read_part
-from hvdlm.data.files import OpenFiles, cure
+from hvdlm.data.files import OpenFiles, damaged
 
 PAGE_OFFSETS = 1024
 """Offsets a read (8 KiB): the first guess hits in most shards of shuffled documents."""
@@ -130,6 +130,4 @@ class Boundaries:
 
     def _damage(self, shard: int) -> UserError:
         path, tokens = self._paths[shard], self._entries[shard].tokens
-        return UserError(
-            f"{path}: its doc_offsets do not rise from 0 to {tokens}: damaged; {cure(path.parent)}"
-        )
+        return damaged(path, f"its doc_offsets do not rise from 0 to {tokens}: damaged")

@@ -6,13 +6,14 @@ import errno
 import os
 import re
 import secrets
+import shlex
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, final
 
-from hvdlm.config import EXIT_CRASH, UserError
+from hvdlm.config import EXIT_CRASH, EXIT_USAGE, UserError
 
 TEMP_PREFIX = ".tmp-"
 """Unfinished files begin so; whatever carries it after a crash is rubbish and may be deleted."""
@@ -44,7 +45,8 @@ def publishing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
-        temp.unlink(missing_ok=True)
+        with suppress(OSError):
+            temp.unlink()
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -82,9 +84,8 @@ def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
         while count < view.nbytes:
             got = os.preadv(fd, [view[count:]], offset + count)
             if got == 0:
-                raise UserError(
-                    f"{path}: truncated: ends at byte {offset + count}, needed {offset + view.nbytes}; "
-                    f"{cure(path.parent)}"
+                raise damaged(
+                    path, f"truncated: ends at byte {offset + count}, needed {offset + view.nbytes}"
                 )
             count += got
     except OSError as error:
@@ -131,7 +132,13 @@ def cure(folder: Path) -> str:
         return "start the run again, which looks over what is staged and copies anew what is bad"
     if not (folder / RECORD_NAME).exists():
         return "copy the file again, or import the data set again"
-    return f"run python -m hvdlm.dataset repair {folder}, or copy the file again"
+    return f"run python -m hvdlm.dataset repair {shlex.quote(str(folder))}, or copy the file again"
+
+
+def damaged(path: Path, found: str) -> UserError:
+    """What to tell of a file of a data set that is not as it was written; of a copy trying again helps."""
+    staged = STAGED_NAME.fullmatch(path.parent.name)
+    return UserError(f"{path}: {found}; {cure(path.parent)}", EXIT_CRASH if staged else EXIT_USAGE)
 
 
 @final
@@ -184,11 +191,10 @@ def fsync(path: Path) -> None:
 
 def _check_status(path: Path, status: os.stat_result, file_bytes: int) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path}: not a regular file; {cure(path.parent)}")
+        raise damaged(path, "not a regular file")
     if status.st_size != file_bytes:
-        raise UserError(
-            f"{path}: has {status.st_size} bytes, the manifest says {file_bytes}: truncated or changed; "
-            f"{cure(path.parent)}"
+        raise damaged(
+            path, f"has {status.st_size} bytes, the manifest says {file_bytes}: truncated or changed"
         )
 
 
@@ -199,6 +205,6 @@ def refuse_read(path: Path, error: OSError, place: str) -> NoReturn:
         UserError: Always.
     """
     if isinstance(error, FileNotFoundError):
-        raise UserError(f"{path}: missing, but the manifest names it; {cure(path.parent)}") from error
+        raise damaged(path, "missing, but the manifest names it") from error
     message = f"{path}: cannot be read{place}: {error.strerror} (errno {error.errno}); check the file system"
     raise UserError(message, EXIT_CRASH) from error

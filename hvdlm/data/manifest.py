@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -136,7 +137,8 @@ def read_manifest(folder: Path) -> Manifest:
         text = content.decode("ascii")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"{folder}: no {FILE_NAME}, so no data set; run python -m hvdlm.preprocess --out {folder}"
+            f"{folder}: no {FILE_NAME}, so no data set; run python -m hvdlm.preprocess --out "
+            f"{shlex.quote(str(folder))}"
         ) from error
     except OSError as error:
         message = f"{path}: cannot be read: {error.strerror}; check the file system"

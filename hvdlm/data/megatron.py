@@ -139,7 +139,7 @@ def _document_ends(index: Index) -> Iterator[np.ndarray]:
     """Blocks of int64: the token after each document that has any, rising through the whole file."""
     fd = open_checked(index.path, index.file_bytes)
     try:
-        position, last_end, document = 0, 0, 1
+        position, last_end, document, last_count = 0, 0, 1, 0
         for first in range(0, index.lengths.size, _BLOCK):
             size = min(_BLOCK, index.lengths.size - first)
             lengths = read_part(fd, index.path, index.lengths, first=first, size=size).astype(np.int64)
@@ -148,10 +148,12 @@ def _document_ends(index: Index) -> Iterator[np.ndarray]:
             if (lengths < 0).any() or (pointers != bounds[:-1] * index.dtype.itemsize).any():
                 raise _malformed(index.path, "its sequences do not follow each other in the .bin")
             position = int(bounds[-1])
-            while len(counts := _ends_in(fd, index, document, (first, first + size))):
+            # Entries that rise are never below the range: those below were of an earlier one.
+            while len(counts := _ends_in(fd, index, document, (max(first, last_count), first + size))):
                 ends = bounds[counts - first]
                 yield ends[np.diff(ends, prepend=last_end) > 0]
                 last_end, document = int(ends[-1]), document + len(counts)
+                last_count = int(counts[-1])
     finally:
         os.close(fd)
     if document != index.documents.size:

@@ -37,11 +37,7 @@ class ReadAhead:
         self._announced: OrderedDict[int, None] = OrderedDict()
 
     def announce(self, shards: Sequence[Sequence[int]], firsts: Sequence[Sequence[int]]) -> None:
-        """Hint the chunks of a step's windows, given as shards and first tokens of each slot.
-
-        Raises:
-            UserError: A file is missing, or of another size.
-        """
+        """Hint the chunks of a step's windows, given as shards and first tokens of each slot."""
         windows = self._first[np.array(shards).ravel()] + np.array(firsts).ravel() // self._seq_len
         sources = np.searchsorted(self._ends, windows, side="right")
         starts = self._starts[sources]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +35,12 @@ def read_sources(folders: Iterable[str]) -> list[Source]:
     first, seen = sources[0], dict[str, Path]()
     for source in sources:
         _check_tokenizer(first, source)
-        twin = seen.setdefault(source.manifest.fingerprint, source.folder)
-        if twin != source.folder:
+        if twin := seen.get(source.manifest.fingerprint):
             raise UserError(
                 f"{source.folder}: holds the same tokens as {twin}; name one of them in data.path, with both "
                 "weights added"
             )
+        seen[source.manifest.fingerprint] = source.folder
     return sources
 
 
@@ -82,7 +83,7 @@ def _check_tokenizer(first: Source, other: Source) -> None:
         raise UserError(
             f"{other.folder}: was made with tokenizer {theirs.sha256[:12]}, {first.folder} with "
             f"{ours.sha256[:12]}, and a blend needs one; preprocess it again with "
-            f"--tokenizer {first.folder / ours.file}"
+            f"--tokenizer {shlex.quote(str(first.folder / ours.file))}"
         )
     if (ours.eos_id, ours.vocab_size) != (theirs.eos_id, theirs.vocab_size):
         raise UserError(

@@ -20,7 +20,7 @@ import xxhash
 from hvdlm.config import UserError
 from hvdlm.data.entries import ShardEntry
 from hvdlm.data.extents import read_pieces
-from hvdlm.data.files import TEMP_PREFIX, cure, open_checked, publishing, write_exactly
+from hvdlm.data.files import TEMP_PREFIX, cure, open_checked, publishing, unwritable, write_exactly
 from hvdlm.data.manifest import Manifest
 
 _PIECE_BYTES = 8 << 20  # What a parallel file system is asked for at a time.
@@ -86,7 +86,7 @@ def stage_folder(stage: str, manifest: Manifest, env: Mapping[str, str]) -> Path
             )
         return env[name]
 
-    folder = Path(re.sub(r"\$(?:(\w+)|\{([^}]*)\})", value, stage))
+    folder = Path(re.sub(r"\$(?:(\w+)|\{([^}]*)\})", value, stage)).expanduser()
     return folder / f"hvdlm-{manifest.fingerprint[:16]}"
 
 
@@ -185,7 +185,10 @@ def _is_intact(path: Path, entry: ShardEntry, stop: threading.Event) -> bool:
     try:
         fd = open_checked(path, entry.file_bytes)
     except UserError:
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritable(path, error) from error
         return False
     digest = xxhash.xxh3_128()
     try:

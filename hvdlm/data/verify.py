@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from hvdlm.config import UserError
 from hvdlm.data.digests import digest_block, digest_content
-from hvdlm.data.entries import BLOCK_TOKENS, ShardEntry
+from hvdlm.data.entries import BLOCK_TOKENS, SPLITS, ShardEntry
 from hvdlm.data.extents import read_block, read_whole
 from hvdlm.data.files import cure, open_checked
 from hvdlm.data.intervals import Intervals, at_positions, gaps, size, within
@@ -91,6 +91,22 @@ def verify_blocks(
     return (problem for problem in verdicts if problem)
 
 
+def require_intact(source: Source, *, share: tuple[int, int], splits: Collection[str] = SPLITS) -> None:
+    """Compare one share of the blocks of some splits, as fast as it goes.
+
+    Raises:
+        UserError: One is bad, or cannot be read.
+    """
+    shards = tuple(entry for entry in source.manifest.shards if entry.split in splits)
+    for problem in verify_blocks(source.folder, replace(source.manifest, shards=shards), share=share):
+        raise UserError(told(source.folder, problem))
+
+
+def told(folder: Path, problem: Problem) -> str:
+    """A problem with its place and what to do."""
+    return f"{folder / problem.file}: {problem.detail}{'' if problem.says_cure else f'; {cure(folder)}'}"
+
+
 @final
 class BackgroundVerifier:
     """Does as `verify_blocks` once, over all sources, in a thread; the training loop asks for the outcome.
@@ -146,8 +162,7 @@ class BackgroundVerifier:
             try:
                 for problem in _verdicts(folder, source.manifest, own, brake):
                     if problem:
-                        advice = "" if problem.says_cure else f"; {cure(folder)}"
-                        self._problem = f"{folder / problem.file}: {problem.detail}{advice}"
+                        self._problem = told(folder, problem)
                         return
                     self._intact[index] += 1
             except Exception as error:

@@ -13,7 +13,7 @@ import torch
 
 from hvdlm.config import UserError
 from hvdlm.data.boundaries import Boundaries
-from hvdlm.data.files import OpenFiles, cure, read_exactly
+from hvdlm.data.files import OpenFiles, damaged, read_exactly
 from hvdlm.data.sources import Source, shards_of
 
 IGNORED_LABEL = -100
@@ -99,15 +99,15 @@ class WindowReader:
         return batch
 
     def will_need(self, shard: int, first: int, tokens: int) -> None:
-        """Tell the kernel that so many tokens of a shard will be read.
+        """Tell the kernel that so many tokens of a shard will probably be read.
 
-        Raises:
-            UserError: The file is missing, or of another size.
+        A file that cannot be opened is left to the read: it may be one that nothing will be read from, and
+        that was not staged.
         """
         offset, size = self._extents[shard][0], self._dtype.itemsize
-        descriptor = self._files.get(shard)
         # A file system without such hints is read as it is.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):
+            descriptor = self._files.get(shard)
             os.posix_fadvise(descriptor, offset + first * size, tokens * size, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
@@ -169,9 +169,10 @@ class WindowReader:
     def _refuse_id(self, raw: np.ndarray, shards: Sequence[int], firsts: Sequence[int]) -> None:
         row, column = np.argwhere(raw >= self._vocab_size)[0].tolist()
         path = self._paths[shards[row]]
-        raise UserError(
-            f"{path}: token {firsts[row] + column} has id {raw[row, column]}, the tokenizer's ids end at "
-            f"{self._vocab_size - 1}: damaged; {cure(path.parent)}"
+        raise damaged(
+            path,
+            f"token {firsts[row] + column} has id {raw[row, column]}, the tokenizer's ids end at "
+            f"{self._vocab_size - 1}: damaged",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from hvdlm.config import EXIT_DONE, UserError
@@ -11,7 +12,6 @@ from hvdlm.data.manifest import read_manifest
 from hvdlm.data.megatron import with_suffix
 from hvdlm.data.megatron_writer import write_megatron
 from hvdlm.dataset.progress import Progress
-from hvdlm.dataset.terminal import say
 
 HELP = "write the tokens as Megatron-LM's .bin and .idx"
 DESCRIPTION = (
@@ -38,13 +38,15 @@ def run(args: argparse.Namespace) -> int:
         UserError: There is no usable data set, a shard is damaged, a file is already there, or the disk
             is full.
     """
+    if not args.out.name:
+        raise UserError(f"--out {args.out}: is a folder; needed the beginning of the files' names: DIR/NAME")
     manifest = read_manifest(args.folder)
     prefixes = {
         split: args.out.with_name(f"{args.out.name}_{split}") for split in SPLITS if manifest.split(split)
     }
     for prefix in prefixes.values():
         for suffix in ("bin", "idx"):
-            if (file := with_suffix(prefix, suffix)).exists():
+            if os.path.lexists(file := with_suffix(prefix, suffix)):
                 raise UserError(f"{file}: is already there; remove it or choose another --out")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -56,5 +58,5 @@ def run(args: argparse.Namespace) -> int:
         for split, prefix in prefixes.items():
             write_megatron(args.folder, manifest, split, prefix=prefix, report=progress)
     for split, prefix in prefixes.items():
-        say(f"{prefix}: {manifest.documents(split):,} documents, {manifest.tokens(split):,} tokens")
+        print(f"{prefix}: {manifest.documents(split):,} documents, {manifest.tokens(split):,} tokens")
     return EXIT_DONE

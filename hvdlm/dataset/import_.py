@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +25,6 @@ from hvdlm.data.nanogpt import file_size, read_nanogpt
 from hvdlm.data.repack import Repacker
 from hvdlm.data.shards import MAX_SHARD_TOKENS
 from hvdlm.dataset.progress import Progress
-from hvdlm.dataset.terminal import say
 from hvdlm.text.id_bytes import id_bytes
 from hvdlm.text.tokenizer import load
 
@@ -95,8 +95,9 @@ def run(args: argparse.Namespace) -> int:
     """
     _check(args)
     inputs, val = ([_named(path, args.format) for path in paths] for paths in (args.inputs, args.val))
-    if both := {*inputs} & {*val}:
-        raise UserError(f"{min(both)}: is both INPUT and --val; leave it out of one of them")
+    real = {os.path.realpath(path) for path in inputs}
+    if both := [path for path in val if os.path.realpath(path) in real]:
+        raise UserError(f"{both[0]}: is both INPUT and --val; leave it out of one of them")
     tokenizer = load(args.tokenizer, eos=args.eos)
     info = TokenizerInfo("tokenizer.json", tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id)
     # Every input is looked at here: a truncated one is found before hours of work.
@@ -138,10 +139,12 @@ def _check(args: argparse.Namespace) -> None:
 
 def _named(path: Path, kind: str) -> Path:
     """The input that a user means: a prefix may be given with the suffix of either file."""
+    if not path.name:
+        raise UserError(f"{path}: is a folder; needed {'a PREFIX' if kind == 'megatron' else 'a file'} in it")
     if kind == "megatron":
         return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     index = path.with_suffix(".idx")
-    if path.suffix == ".bin" and index.exists():
+    if path.suffix == ".bin" and os.path.lexists(index):
         raise UserError(f"{path}: {index.name} lies beside it, so it is of Megatron-LM; --format megatron")
     return path
 
@@ -208,6 +211,6 @@ def _install(out: Path, work: Path, writers: dict[str, Repacker], info: Tokenize
 
 def _say_made(out: Path, manifest: Manifest) -> None:
     for split in SPLITS:
-        say(f"{split:<6} {manifest.documents(split):,} documents, {manifest.tokens(split):,} tokens")
-    say(f"folder {out}")
-    say(f"next   horovodrun -np 2 python -m hvdlm.train --data.path {shlex.quote(str(out))}")
+        print(f"{split:<6} {manifest.documents(split):,} documents, {manifest.tokens(split):,} tokens")
+    print(f"folder {out}")
+    print(f"next   horovodrun -np 2 python -m hvdlm.train --data.path {shlex.quote(str(out))}")

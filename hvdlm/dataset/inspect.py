@@ -10,7 +10,6 @@ from hvdlm.config import EXIT_DONE, UserError
 from hvdlm.data.documents import read_document
 from hvdlm.data.entries import SPLITS, ShardEntry
 from hvdlm.data.manifest import Manifest, read_manifest
-from hvdlm.dataset.terminal import say
 from hvdlm.text.tokenizer import Tokenizer, load
 
 HELP = "print what is inside"
@@ -39,14 +38,14 @@ def run(args: argparse.Namespace) -> int:
     if args.document is None:
         if args.ids:
             raise UserError("--ids: whose? add --document K")
-        say("\n".join(_summary(manifest)))
+        print("\n".join(_summary(manifest)))
         return EXIT_DONE
     tokenizer = _tokenizer(args.folder, manifest)
     ids = read_document(args.folder, manifest, args.split, args.document).tolist()
     if args.ids:
-        say("\n".join(f"{id:>7} {tokenizer.decode([id])!r}" for id in ids))
+        print("\n".join(f"{id:>7} {tokenizer.decode([id])!r}" for id in ids))
     else:
-        say(tokenizer.decode(ids[:-1]))
+        print(tokenizer.decode(ids[:-1]))
     return EXIT_DONE
 
 

@@ -11,7 +11,6 @@ from hvdlm.corpus import repair
 from hvdlm.data.manifest import Manifest, read_manifest
 from hvdlm.data.verify import Problem
 from hvdlm.data.verify_all import Verification, verify_tokenizer
-from hvdlm.dataset.terminal import say
 
 HELP = "make bad shards again from the files they were made from"
 DESCRIPTION = (
@@ -44,11 +43,11 @@ def run(args: argparse.Namespace) -> int:
     folder, manifest = args.folder, read_manifest(args.folder)
     problems = _problems(folder, manifest, args.workers)
     for problem in problems:
-        say(f"{folder / problem.file}: bad: {problem.detail}")
+        print(f"{folder / problem.file}: bad: {problem.detail}")
     if problems:
         repair.repair(folder, manifest, {problem.file for problem in problems}, workers=args.workers)
         problems = _problems(folder, manifest, args.workers)
-    say(f"{folder}: {len(problems)} still bad" if problems else f"{folder}: all intact")
+    print(f"{folder}: {len(problems)} still bad" if problems else f"{folder}: all intact")
     return EXIT_CRASH if problems else EXIT_DONE
 
 

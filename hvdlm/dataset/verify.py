@@ -18,7 +18,6 @@ from hvdlm.data.manifest import Manifest, read_manifest
 from hvdlm.data.verify import Problem
 from hvdlm.data.verify_all import Verification, share_by_size, verify_tokenizer
 from hvdlm.dataset.progress import Progress
-from hvdlm.dataset.terminal import say
 
 if TYPE_CHECKING:
     from hvdlm.comm.world import World
@@ -155,10 +154,10 @@ def _told_on_ranks(progress: Progress | None, ranks: World) -> Callable[[int, bo
 
 def _verdict(folder: Path, manifest: Manifest, problems: Sequence[Problem], *, seconds: float) -> int:
     for problem in problems:
-        say(f"{folder / problem.file}: bad: {problem.detail}")
+        print(f"{folder / problem.file}: bad: {problem.detail}")
     megabytes = _file_bytes(manifest) / 1e6
     bad_files = len({problem.file for problem in problems})
-    say(
+    print(
         f"{folder}: {len(manifest.shards)} shards, {megabytes:.1f} MB, "
         f"{megabytes / max(seconds, 1e-3):.0f} MB/s: {f'{bad_files} bad' if bad_files else 'all intact'}"
     )

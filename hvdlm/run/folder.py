@@ -202,8 +202,8 @@ def _stages(
 
 def _verified(state: dict[str, Any], sources: tuple[StageSource, ...]) -> dict[str, list[list[int]]]:
     """What is known of the sources' blocks: of a copy elsewhere, with the same fingerprint, nothing is."""
-    before = {(source.path, source.fingerprint) for source in saved_stages(state)[-1].sources}
-    here = {source.fingerprint for source in sources if (source.path, source.fingerprint) in before}
+    before = {(source.folder, source.fingerprint) for source in saved_stages(state)[-1].sources}
+    here = {source.fingerprint for source in sources if (source.folder, source.fingerprint) in before}
     return {key: blocks for key, blocks in state.get("verified", {}).items() if key in here}
 
 

@@ -15,12 +15,17 @@ from hvdlm.data.blend import Blend, draws_before
 
 @dataclass(frozen=True)
 class StageSource:
-    """A source in a stage, known by its fingerprint; `drawn` counts its draws before the stage."""
+    """A source in a stage, known by its fingerprint.
+
+    `path` is as the user wrote it, `drawn` counts its draws before the stage, `folder` is where it lies:
+    absolute, links resolved ("" = not known).
+    """
 
     path: str
     fingerprint: str
     weight: int
     drawn: int = 0
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ def go_on(
     """
     last = saved[-1]
     if _shares(last.sources) == _shares(sources):
-        moved = (replace(old, path=new.path) for old, new in zip(last.sources, sources, strict=True))
+        both = zip(last.sources, sources, strict=True)
+        moved = (replace(old, path=new.path, folder=new.folder) for old, new in both)
         return (*saved[:-1], replace(last, sources=tuple(moved)))
     if not new_stage:
         raise UserError(
@@ -117,21 +123,28 @@ def check_epochs(
         seed: Of the order.
 
     Raises:
-        UserError: It would; the message names the largest number of steps that does not.
+        UserError: It would; the message names the source that is used up first, and the largest number of
+            steps that is not too many for any.
     """
+    most, refusal = steps, ""
     for source, (windows, epochs) in zip(stages[-1].sources, limits, strict=True):
 
         def drawn_after(step: int, fingerprint: str = source.fingerprint) -> int:
-            return drawn_before(stages, step * global_batch, seed=seed)[fingerprint]
+            # Before its first stage a source is not known at all.
+            return drawn_before(stages, step * global_batch, seed=seed).get(fingerprint, 0)
 
-        if epochs and drawn_after(steps) > epochs * windows:
-            allowed = epochs * windows
-            most = bisect_left(range(1, steps + 1), True, key=lambda step: drawn_after(step) > allowed)
-            raise UserError(
+        allowed = epochs * windows
+        if epochs and drawn_after(most) > allowed:
+            most = bisect_left(range(1, most + 1), True, key=lambda step: drawn_after(step) > allowed)
+            refusal = (
                 f"{source.path}: {steps} steps would read it {drawn_after(steps) / windows:.2f} times, "
-                f"data.max_epochs allows {epochs}; train.steps may be {most} at most: lower it, or raise "
-                "data.max_epochs, or give this source less weight"
+                f"data.max_epochs allows {epochs}"
             )
+    if refusal:
+        raise UserError(
+            f"{refusal}; train.steps may be {most} at most: lower it (or train.tokens), raise "
+            "data.max_epochs, or give this source less weight"
+        )
 
 
 def _shares(sources: Sequence[StageSource]) -> list[tuple[str, int]]:
@@ -142,10 +155,12 @@ def _shares(sources: Sequence[StageSource]) -> list[tuple[str, int]]:
 
 def _difference(old: Sequence[StageSource], new: Sequence[StageSource]) -> str:
     before, after = ({source.fingerprint: source for source in sources} for sources in (old, new))
+    had = dict(_shares([source for source in old if source.fingerprint in after]))
+    has = dict(_shares([source for source in new if source.fingerprint in before]))
     changes = [
-        f"{now.path} had weight {was.weight}, has {now.weight}"
-        for was, now in ((before[key], after[key]) for key in before if key in after)
-        if was.weight != now.weight
+        f"{after[key].path} had weight {before[key].weight}, has {after[key].weight}"
+        for key in had
+        if had[key] != has[key]
     ]
     changes += [f"{after[key].path} (fingerprint {key[:12]}) is new" for key in after if key not in before]
     changes += [f"{before[key].path} (fingerprint {key[:12]}) is gone" for key in before if key not in after]

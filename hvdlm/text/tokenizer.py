@@ -11,6 +11,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, final
 
@@ -139,7 +140,14 @@ class Tokenizer:
         ]
 
     def _encode_by_library(self, pieces: list[str]) -> list[np.ndarray]:
-        encoded = self._library.encode_batch_fast(pieces, add_special_tokens=False)
+        try:
+            encoded = self._library.encode_batch_fast(pieces, add_special_tokens=False)
+        except Exception as error:  # What the library raises is of no narrower type.
+            reason = str(error).split("\n")[0]
+            raise UserError(
+                f"{self.name}: cannot encode a text: {reason}; needed a tokenizer that encodes any text, "
+                "by an unknown token or by bytes"
+            ) from None
         return [_array(result.ids, self.dtype) for result in encoded]
 
     def _find_eos(self, eos: str, vocab: dict[str, int]) -> int | None:
@@ -171,13 +179,24 @@ class Tokenizer:
         itself, and eos may be an ordinary added token. Cutting inside the name prevents both.
         """
         pieces = cut_inside(text, self._guarded)
-        ids = np.concatenate(self._encode_by_library(pieces))
+        ids = np.concatenate([part for piece in pieces for part in self._encode_cutting(piece)])
         if self._eos is not None and (ids == self._eos).any():
             raise UserError(
                 f"{self.name}: encodes ordinary text as its end-of-document token {self._eos}; "
                 "name another with --eos"
             )
         return ids
+
+    def _encode_cutting(self, text: str) -> list[np.ndarray]:
+        """Encode a text, cut inside what became a special token only after the tokenizer normalized it."""
+        found = self._library.encode(text, add_special_tokens=False)
+        ids = _array(found.ids, self.dtype)
+        spans = [found.offsets[place] for place in np.flatnonzero(self._guard[ids])]
+        cuts = [first + 1 for first, end in spans if end - first > 1]
+        if not cuts:
+            return [ids]
+        pieces = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
+        return [part for piece in pieces for part in self._encode_cutting(piece)]
 
 
 def load(path: Path, *, eos: str = "") -> Tokenizer:
@@ -190,8 +209,9 @@ def load(path: Path, *, eos: str = "") -> Tokenizer:
     Raises:
         UserError: not there, not readable, not a `tokenizer.json`, or without that `eos`.
     """
-    file = path / "tokenizer.json" if path.is_dir() else path
+    file = path
     try:
+        file = path / "tokenizer.json" if path.is_dir() else path
         content = file.read_bytes()
     except OSError as error:
         raise UserError(

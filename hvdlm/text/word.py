@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from hvdlm.config import UserError
+from hvdlm.text.bpe import LARGEST_VOCAB_SIZE
 from hvdlm.text.pieces import cut_all
 
 SPECIALS = ("<PAD>", "<UNK>", "<SOS>", "<EOS>")
@@ -34,10 +35,10 @@ def build(texts: Iterable[str], vocab_size: int = 0) -> tokenizers.Tokenizer:
         UserError: a vocab_size that leaves no room for a word, or texts without a word.
     """
     vocab_size = vocab_size or DEFAULT_VOCAB_SIZE
-    if vocab_size <= len(SPECIALS):
+    if not len(SPECIALS) < vocab_size <= LARGEST_VOCAB_SIZE:
         raise UserError(
-            f"--vocab-size {vocab_size}: word needs more than its {len(SPECIALS)} special tokens; "
-            f"the default is {DEFAULT_VOCAB_SIZE}"
+            f"--vocab-size {vocab_size}: word needs more than its {len(SPECIALS)} special tokens, at most "
+            f"{LARGEST_VOCAB_SIZE}; the default is {DEFAULT_VOCAB_SIZE}"
         )
     library = tokenizers.Tokenizer(models.WordLevel({}, unk_token="<UNK>"))
     library.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -121,7 +121,7 @@ def _open_run(config: RunConfig, run_folder: Path, sources: list[Source]) -> Sta
         config=keys(config),
         tokenizer=sources[0].manifest.tokenizer.sha256,
         sources=tuple(
-            StageSource(folder, source.manifest.fingerprint, weight)
+            StageSource(folder, source.manifest.fingerprint, weight, folder=str(Path(folder).resolve()))
             for (folder, weight), source in zip(config.data.weights.items(), sources, strict=True)
         ),
     )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, final
 
 from hvdlm.comm.world import World
-from hvdlm.config import UserError
-from hvdlm.data.files import cure
 from hvdlm.data.intervals import Intervals, merge, size
 from hvdlm.data.sources import Source
-from hvdlm.data.verify import BackgroundVerifier, block_count, verify_blocks
+from hvdlm.data.verify import BackgroundVerifier, block_count, require_intact
 
 Known: TypeAlias = dict[str, Intervals]
 """Blocks that were found intact, of each data set by its fingerprint."""
@@ -53,6 +52,22 @@ class BlockChecks:
             found[key] = merge([*found.get(key, []), *intact])
         return found
 
+    def left(self, found: Known) -> str:
+        """Of a run that is done: a line on the blocks that nobody came to; "" = there are none.
+
+        Args:
+            found: what was gathered.
+        """
+        unread = [
+            (source.folder, block_count(source.manifest) - size(found[source.manifest.fingerprint]))
+            for source in self.sources
+        ]
+        folders = " ".join(shlex.quote(str(folder)) for folder, count in unread if count)
+        if not folders:
+            return ""
+        blocks = sum(count for _, count in unread)
+        return f"verification: {blocks:,} block(s) were not reached; python -m hvdlm.dataset verify {folders}"
+
     def close(self) -> None:
         """End the thread."""
         if self.verifier:
@@ -74,8 +89,7 @@ def begin_checks(when: str, sources: Sequence[Source], *, known: Known, ranks: W
     share = (ranks.rank, ranks.size)
     if when == "before":
         for source in sources:
-            for problem in verify_blocks(source.folder, source.manifest, share=share):
-                raise UserError(f"{source.folder / problem.file}: {problem.detail}; {cure(source.folder)}")
+            require_intact(source, share=share)
         # The other ranks' blocks too: who finds a bad one ends the run before any checkpoint.
         return BlockChecks({s.manifest.fingerprint: [[0, block_count(s.manifest)]] for s in sources})
     if when == "off":

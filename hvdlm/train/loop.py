@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 
 import torch
 
 from hvdlm import __version__
 from hvdlm.comm.torch_group import close_group
-from hvdlm.config import EXIT_DONE, EXIT_REQUEUE, UserError
+from hvdlm.comm.world import AgreedError
+from hvdlm.config import EXIT_DONE, EXIT_REQUEUE, EXIT_USAGE, UserError
 from hvdlm.config.parse import keys
 from hvdlm.data.loader import StepBatch, evaluation_batches
 from hvdlm.parallel.strategy import StepStats
@@ -180,7 +182,11 @@ def _commit(s: Session) -> None:
 
 def _finish(s: Session, step: int, exit_code: int, *, course: Course) -> int:
     """Say how it ended, to the user and in exit.json."""
-    reasons = [r for r in s.ranks.gather_json(s.watch.reason, name="finish.reasons") if r]
+    told = s.ranks.gather_json([s.watch.reason, s.checks.problem()], name="finish.told")
+    for problem in (problem for _, problem in told if problem):
+        raise AgreedError(problem, EXIT_USAGE)
+    reasons = [reason for reason, _ in told if reason]
+    unread = s.checks.left(s.checks.gather(s.ranks)) if exit_code == EXIT_DONE else ""
     if s.reports:
         (s.run_folder / stop.STOP_FILE).unlink(missing_ok=True)
     if s.reports and exit_code == EXIT_REQUEUE:
@@ -199,8 +205,11 @@ def _finish(s: Session, step: int, exit_code: int, *, course: Course) -> int:
         skipped = f", {course.skipped} of them updated nothing" if course.skipped else ""
         why = "; plateau: at optim.min_lr the validation loss stood still" if course.plateau.finished else ""
         s.reports.metrics.say(
-            f"done: {step} steps{skipped}{why}; next: python -m hvdlm.evaluate {s.run_folder}"
+            f"done: {step} steps{skipped}{why}; next: python -m hvdlm.evaluate "
+            f"{shlex.quote(str(s.run_folder))}"
         )
+        if unread:
+            s.reports.metrics.say(unread)
         exit_record.write(
             s.run_folder,
             "done",

@@ -118,6 +118,7 @@ def test_what_cannot_be_blended_is_one_line_and_leaves_nothing(
     for path, more, message in (
         ({tiny_data: 1, words: 1}, (), f"{words}: was made with tokenizer"),
         ({tiny_data: 1, tmp_path / "no": 1}, (), "no manifest.json, so no data set"),
+        ({tiny_data: 1, f"{tiny_data}/": 1}, (), f"{tiny_data}: holds the same tokens as {tiny_data}; name"),
         (
             {tiny_data: 1, other_data: 30},
             ("--data.max_epochs", json.dumps({str(other_data): 1}), "--train.steps", "5000"),

@@ -65,6 +65,16 @@ def test_staged_or_not_it_is_the_same_run(data: Path, tmp_path: Path) -> None:
     assert f"GiB/s), {len(names)} of them reused" in outputs["again"]
 
 
+def test_hints_for_shards_that_nothing_is_read_from_end_no_run(data: Path, tmp_path: Path) -> None:
+    """Reading ahead announces whole chunks; staged are the shards of this run's samples alone."""
+    for name, more in (("plain", ()), ("staged", ("--data.stage", str(tmp_path / "disk")))):
+        command = helpers.train_command(data, tmp_path / name, *SHORT, "--data.shuffle_mb", "1", *more)
+        done = helpers.run([*helpers.mpirun(2), *command])
+        assert done.returncode == 0, done.stdout
+    assert len(left_in(tmp_path / "disk")) < len(SIZES)
+    assert helpers.losses(tmp_path / "staged") == helpers.losses(tmp_path / "plain")
+
+
 def test_one_ranks_trouble_ends_all_with_its_line(data: Path, tmp_path: Path) -> None:
     own, disk = tmp_path / "own", tmp_path / "disk"
     shutil.copytree(data, own)

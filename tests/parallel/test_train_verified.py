@@ -134,3 +134,46 @@ def test_a_copy_elsewhere_is_verified_anew(stopped: tuple[Path, int], data: Path
     assert done.returncode == 0, done.stdout
     assert "known from earlier attempts" not in done.stdout
     assert read == BLOCKS
+
+
+def test_the_same_words_for_another_folder_are_no_proof(
+    data: Path, tmp_path: Path, stopped: tuple[Path, int]
+) -> None:
+    """A project that was copied, with `data.path` relative to it; a link to the same folder is the same."""
+    for place in ("here", "there"):
+        shutil.copytree(data, tmp_path / place / "set")
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+
+    def train(place: str, steps: int) -> str:
+        command = watched(Path("set"), tmp_path / "run", steps)
+        done = helpers.run(command, cwd=tmp_path / place)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    train("here", 5)
+    assert verified(tmp_path / "run") == {read_manifest(data).fingerprint: [[0, len(BLOCKS)]]}
+    assert "100 % known from earlier attempts" in train("link", 6)
+    assert "known from earlier attempts" not in train("there", 7)
+
+
+def test_a_run_that_ends_before_its_verification_says_so(data: Path, tmp_path: Path) -> None:
+    done = helpers.run(watched(data, tmp_path / "run", 3), env={"MOST_BLOCKS": "2"})
+    assert done.returncode == 0, done.stdout
+    assert f"verification: 11 block(s) were not reached; python -m hvdlm.dataset verify {data}" in done.stdout
+    assert "done: 3 steps" in done.stdout
+
+
+def test_evaluate_reads_nothing_that_was_not_checked(tiny_data: Path, tmp_path: Path) -> None:
+    run_folder, own = tmp_path / "run", tmp_path / "own set"
+    assert helpers.run(helpers.train_command(tiny_data, run_folder, "--train.steps", "2")).returncode == 0
+    shutil.copytree(tiny_data, own)
+    command = [sys.executable, "-m", "hvdlm.evaluate", str(run_folder), "--data.path", str(own)]
+    train, val = (read_manifest(own).split(split)[0] for split in ("train", "val"))
+    flip_bit(own / train.name, train.extents.tokens.offset)
+    assert helpers.run(command).returncode == 0, "that split is not read"
+    flip_bit(own / val.name, val.extents.tokens.offset)
+    done = helpers.run([*helpers.mpirun(2), *command])
+    assert done.returncode == 2, done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if "error:" in line]
+    assert f"{own / val.name}: block 0: tokens 0 to" in line
+    assert f"run python -m hvdlm.dataset repair '{own}', or copy" in line

@@ -103,6 +103,13 @@ def test_no_number_may_be_negative(key: str) -> None:
     assert key.rpartition(".")[2] in refuse(f"--{key}", "-1")
 
 
+@pytest.mark.parametrize(
+    "key", ["data.seq_len", "data.shuffle_mb", "train.steps", "train.tokens", "train.global_batch"]
+)
+def test_numbers_of_samples_and_bytes_stay_below_what_is_counted_with(key: str) -> None:
+    assert f"{key} {10**20} must be " in refuse(f"--{key}", str(10**20))
+
+
 BLEND = {"data/code": 3, "data/prose": 1}
 
 
@@ -138,6 +145,8 @@ def test_a_limit_of_epochs_is_one_for_all_or_of_some() -> None:
     ("arguments", "expected"),
     [
         (["--data.path", "{}"], "data.path is an empty table"),
+        (["--data.path", ""], "data.path must name a folder"),
+        (["--data.path", '{"": 1}'], "data.path must name a folder"),
         (["--data.path", '{"a": 1, "b": 0}'], "data.path: weight 0 of b must be at least 1"),
         (["--data.path", '{"a": 1, "b": -2}'], "data.path: weight -2 of b must be at least 1"),
         (["--data.path", '{"a": 4096, "b": 1}'], "weight 1 of b in a total of 4097: .* one in 4096"),

@@ -13,7 +13,7 @@ import pytest
 
 from hvdlm.config import UserError
 from hvdlm.corpus import build as builds
-from hvdlm.corpus import existing, plan, signs, stats
+from hvdlm.corpus import existing, plan, signs, stats, tokenizer_stage
 from hvdlm.corpus import install as installs
 from hvdlm.corpus import work as works
 from hvdlm.corpus.build import Built, build
@@ -158,7 +158,7 @@ def test_beginning_anew_that_is_killed_does_not_mix_two_data_sets(
 def test_reference_drops_what_the_fast_encoder_has_begun(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(builds, "FAST_FROM_BYTES", 0)
+    monkeypatch.setattr(tokenizer_stage, "FAST_FROM_BYTES", 0)
     bpe = replace(options, tokenizer="bpe", vocab_size=300)
     encode, calls = GigatokenEncoder.encode, list[str]()
 

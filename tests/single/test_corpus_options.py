@@ -44,6 +44,6 @@ def test_a_sentencepiece_model_and_its_own_tokenizer_json(tmp_path: Path) -> Non
 def test_a_name_that_is_nothing(tmp_path: Path) -> None:
     for name in ("missing.model", "gpt2", str(tmp_path / "none.json")):
         with pytest.raises(
-            UserError, match="no such file; needed byte, word, bpe, tiktoken:NAME, or the path"
+            UserError, match="No such file or directory; needed byte, word, bpe, tiktoken:NAME, or the path"
         ):
             given(tmp_path, name)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hvdlm.config import UserError, run_command
-from hvdlm.corpus import build, plan
+from hvdlm.corpus import plan, tokenizer_stage
 from hvdlm.corpus.repair import repair
 from hvdlm.data.manifest import read_manifest
 from hvdlm.data.verify_all import verify_folder
@@ -81,7 +81,7 @@ def test_a_source_that_was_only_touched_will_do(data: Path, damaged: Path) -> No
 def test_repair_encodes_as_preprocess_did(
     damaged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(build, "FAST_FROM_BYTES", 1)
+    monkeypatch.setattr(tokenizer_stage, "FAST_FROM_BYTES", 1)
     record = json.loads((damaged / "preprocess.json").read_text())
     out = damaged.parent / "fast"
     arguments = [record["sources"]["inputs"][0], "--out", out, "--vocab-size", 270, "--dedup", "exact"]
@@ -116,7 +116,17 @@ def test_what_cannot_be_repaired(data: Path, damaged: Path) -> None:
     (damaged / "preprocess.json").write_text(json.dumps({"format": "hvdlm-preprocess"}))
     with pytest.raises(UserError, match=r"preprocess\.json: is damaged"):
         repair(damaged, manifest, ["train-00000.h5"], workers=1)
+    for key, value in (("shard_tokens", "abc"), ("sources", {"inputs": [1], "val": []}), ("min_chars", [])):
+        (damaged / "preprocess.json").write_text(json.dumps({**record, key: value}))
+        with pytest.raises(UserError, match=r"preprocess\.json: is damaged"):
+            repair(damaged, manifest, ["train-00000.h5"], workers=1)
     (damaged / "preprocess.json").write_text(json.dumps(record))
+    (damaged / "train-00001.h5").rename(damaged / "kept")
+    (damaged / "train-00001.h5").mkdir()
+    with pytest.raises(UserError, match=r"train-00001\.h5: cannot be written: Is a directory"):
+        repair(damaged, manifest, ["train-00001.h5"], workers=1)
+    (damaged / "train-00001.h5").rmdir()
+    (damaged / "kept").rename(damaged / "train-00001.h5")
     tasks = json.loads((damaged / "tasks.json").read_text())
     for content in ("[]", '{"train_shards": 3}', '{"train_shards": [1, -1]}', '{"train_shards": ["1"]}'):
         (damaged / "tasks.json").write_text(content)
@@ -130,3 +140,30 @@ def test_what_cannot_be_repaired(data: Path, damaged: Path) -> None:
         repair(damaged, manifest, ["train-00000.h5"], workers=1)
     assert not [*damaged.glob(".tmp-*")]
     assert verify_folder(damaged) == []
+
+
+def test_a_pattern_in_a_folder_whose_name_looks_like_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "br[1]"
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"{i}.txt").write_text(f"text {i}")
+    monkeypatch.chdir(folder)
+    arguments = [
+        "[0-9]*.txt",
+        "--out",
+        "out",
+        "--tokenizer",
+        "byte",
+        "--val-fraction",
+        "0.2",
+        "--workers",
+        "1",
+    ]
+    assert run_command("preprocess", lambda: main(arguments)) == 0
+    before = (folder / "out" / "train-00000.h5").read_bytes()
+    (folder / "out" / "train-00000.h5").unlink()
+    monkeypatch.chdir(tmp_path)
+    repair(folder / "out", read_manifest(folder / "out"), ["train-00000.h5"], workers=1)
+    assert (folder / "out" / "train-00000.h5").read_bytes() == before

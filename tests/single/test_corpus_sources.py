@@ -45,6 +45,22 @@ def test_globs_files_and_folders_together_give_each_file_once(tmp_path: Path) ->
     assert names(tmp_path, "*/[13].txt") == ["a/1.txt", "b/3.txt"]
 
 
+def test_linked_folders_are_followed_and_circles_end(tmp_path: Path) -> None:
+    write(tmp_path, "data/1.txt", "elsewhere/2.txt", "elsewhere/deep/3.txt")
+    (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere/self").symlink_to(tmp_path / "elsewhere")
+    assert names(tmp_path, "data") == ["data/1.txt", "elsewhere/2.txt", "elsewhere/deep/3.txt"]
+
+
+def test_a_path_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt")
+    for text in ("lorem ipsum " * 60, f"{tmp_path}/a.txt/b.txt"):
+        with pytest.raises(UserError, match=r"(File name too long|Not a directory); check the path$") as e:
+            find_inputs([text])
+        assert e.value.exit_code == 2
+
+
 def test_a_file_whose_name_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
     write(tmp_path, "a[1].txt", "a1.txt")
     assert names(tmp_path, "a[1].txt") == ["a[1].txt"]

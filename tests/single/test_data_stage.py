@@ -200,6 +200,11 @@ def test_the_folder_is_found_through_the_environment(data: tuple[Path, Manifest]
         assert caught.value.exit_code == 2
 
 
+def test_the_home_folder_may_be_meant(data: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert stage_folder("~/stage", data[1], {}).parent == Path("/home/me/stage")
+
+
 def test_a_folder_that_cannot_be_written_is_named(data: tuple[Path, Manifest], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for to in (tmp_path / "file" / "hvdlm-x", Path("/proc/hvdlm-x")):
@@ -267,5 +272,15 @@ def test_a_damaged_copy_is_cured_by_another_start(data: tuple[Path, Manifest], t
     loader = Loader(
         [Source(to, data[1])], "train", plan=PLAN, share=(0, 1), prefetch_steps=0, check_sizes=False
     )
-    with pytest.raises(UserError, match=r"has 7 bytes.*start the run again, which looks over what is staged"):
+    with pytest.raises(
+        UserError, match=r"has 7 bytes.*start the run again, which looks over what is staged"
+    ) as e:
         list(zip(loader.steps(0), range(30), strict=False))
+    assert e.value.exit_code == 1, "of a job that is queued again it is worth another try"
+
+
+def test_a_folder_in_the_place_of_a_copy_is_one_line(data: tuple[Path, Manifest], tmp_path: Path) -> None:
+    to = stage_folder(str(tmp_path), data[1], {})
+    (to / NAMES[0]).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{NAMES[0]}: cannot be written: Is a directory"):
+        staged(data, to)

@@ -27,7 +27,7 @@ from hvdlm.data.entries import BLOCK_TOKENS, Extent, Extents, ShardEntry
 from hvdlm.data.manifest import Manifest, write_manifest
 from hvdlm.data.shards import write_shard
 from hvdlm.data.sources import Source
-from hvdlm.data.verify import BackgroundVerifier, block_count, verify_blocks
+from hvdlm.data.verify import BackgroundVerifier, block_count, require_intact, verify_blocks
 from hvdlm.data.verify_all import Verification, share_by_size, verify_folder, verify_shard
 from tests import helpers
 
@@ -261,6 +261,15 @@ def test_the_background_verifier_goes_through_all_sources(
     verifier = BackgroundVerifier([Source(*data), Source(other, manifest)], share=(0, 1))
     wait_for(verifier)
     assert (verifier.problem() or "").startswith(f"{other}/train-00000.h5: block 0: ")
+
+
+def test_a_cure_can_be_pasted_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    folder = tmp_path / "my set"
+    manifest, _ = make_data_set(folder, {"train-00000": 500, "val-00000": 500})
+    flip_bit(folder / "train-00000.h5", manifest.shards[0].extents.tokens.offset)
+    require_intact(Source(folder, manifest), share=(0, 1), splits=("val",))
+    with pytest.raises(UserError, match=f"train-00000.h5: block 0: .*hvdlm.dataset repair '{folder}', or"):
+        require_intact(Source(folder, manifest), share=(0, 1))
 
 
 def test_a_slow_background_verifier_closes_at_once(data: tuple[Path, Manifest]) -> None:

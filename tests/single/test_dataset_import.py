@@ -270,6 +270,24 @@ def test_a_truncated_or_foreign_file_is_one_line(tmp_path: Path, tokenizer: Path
     assert "it is of Megatron-LM" in refused(tmp_path, *nano)
 
 
+def test_documents_that_do_not_rise_from_one_block_of_the_index_to_the_next(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(megatron, "_BLOCK", 4)
+    files = foreign.write_megatron(tmp_path / "a", [[ids] for ids in texts(6)])
+    entries = np.frombuffer(files["idx"][-56:], "<i8").copy()
+    assert entries.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    common = [str(tmp_path / "a"), "--format", "megatron", "--tokenizer", str(tokenizer)]
+    for wrong in ([0, 0, 0, 0, 3, 1, 6], [0, 1, 2, 3, 5, 4, 6], [0, 5, 4, 4, 4, 5, 6]):
+        (tmp_path / "a.idx").write_bytes(files["idx"][:-56] + np.array(wrong, "<i8").tobytes())
+        assert "its documents do not rise" in refused(tmp_path, *common)
+    right = np.array([0, 0, 0, 0, 0, 5, 6], "<i8").tobytes()
+    (tmp_path / "a.idx").write_bytes(files["idx"][:-56] + right)
+    foreign.write_megatron(tmp_path / "v", [[[1]]])
+    manifest = take_in("megatron", tmp_path / "a", tokenizer, tmp_path / "out", "--val", str(tmp_path / "v"))
+    assert manifest.documents("train") == 2
+
+
 def test_a_mutated_index_is_one_line_or_the_same_documents(tmp_path: Path, tokenizer: Path) -> None:
     plain = texts(60)
     files = foreign.write_megatron(tmp_path / "a", [[ids] for ids in plain])
@@ -325,6 +343,20 @@ def test_bad_usage_is_one_line(tmp_path: Path, tokenizer: Path) -> None:
     assert "needed more than 0" in refused(tmp_path, *common, "--val-fraction", "0")
     assert "needed 16 to" in refused(tmp_path, *common, "--shard-tokens", "3")
     assert "is both INPUT and --val" in refused(tmp_path, *common, "--val", str(tmp_path / "a.bin"))
+    (tmp_path / "link.bin").symlink_to(tmp_path / "a.bin")
+    (tmp_path / "again").symlink_to(tmp_path)
+    assert "is both INPUT and --val" in refused(tmp_path, *common, "--val", f"{tmp_path}/again/a")
+    for name, kind in ((".", "megatron"), ("/", "nanogpt")):
+        assert f"{name}: is a folder; needed a" in refused(tmp_path, name, "--format", kind, *common[3:])
+    long = refused(tmp_path, "x" * 300, "--format", "nanogpt", *common[3:])
+    assert "File name too long" in long
+    data = tmp_path / "data"
+    make_data_set(data, {"train-00000": 500, "val-00000": 60})
+    for name in (".", "/"):
+        with pytest.raises(UserError, match=f"--out {name}: is a folder; needed the beginning of the files'"):
+            main(["export", str(data), "--out", name])
+    with pytest.raises(UserError, match="File name too long"):
+        main(["export", str(data), "--out", "x" * 300])
     assert "has no such token" in refused(tmp_path, *common, "--eos", "nothing")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import h5py
 import numpy as np
@@ -23,9 +24,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from hvdlm.config import run_command
-from hvdlm.corpus import build, demo, existing, hold, install, plan, stdlib
+from hvdlm.corpus import demo, existing, hold, install, plan, stdlib, tokenizer_stage
 from hvdlm.corpus.crew import alone
 from hvdlm.data.manifest import read_manifest
+from hvdlm.dataset import __main__ as dataset
 from hvdlm.preprocess.__main__ import main
 from hvdlm.text import TOKENIZERS
 from hvdlm.text.gigatoken_encoder import GigatokenEncoder
@@ -131,7 +133,7 @@ def test_the_fast_encoder_does_not_show(
     monkeypatch.setattr(
         GigatokenEncoder, "encode", lambda self, text: used.append(text) or encode(self, text)
     )
-    monkeypatch.setattr(build, "FAST_FROM_BYTES", 0)
+    monkeypatch.setattr(tokenizer_stage, "FAST_FROM_BYTES", 0)
     assert run(corpus, "--out", tmp_path / "fast", *arguments) == 0
     assert len(used) > 800
     assert contents(tmp_path / "fast") == contents(tmp_path / "reference")
@@ -316,13 +318,17 @@ def test_folders_that_hold_something_else(tmp_path: Path, capsys: pytest.Capture
     ]
     for name, message in [
         ("manifest.json", "of unknown origin"),
-        ("train-00000.h5", "shards of unknown origin"),
+        ("train-00000.h5", "files of unknown origin that would be replaced (train-00000.h5)"),
+        ("rejects.jsonl", "files of unknown origin that would be replaced (rejects.jsonl)"),
+        ("stats.json", "files of unknown origin that would be replaced (stats.json)"),
+        ("tokenizer.json", "files of unknown origin that would be replaced (tokenizer.json)"),
     ]:
         out = tmp_path / name.split(".")[0]
         out.mkdir()
         (out / name).write_text("{}")
         assert run(*base, out) == 2
         assert message in capsys.readouterr().err
+        assert [path.name for path in out.iterdir()] == [name]
     out = tmp_path / "notes"
     out.mkdir()
     (out / "README").write_text("mine")
@@ -347,7 +353,7 @@ def test_an_empty_split_names_both(tmp_path: Path, capsys: pytest.CaptureFixture
     ("arguments", "message"),
     [
         (["--vocab-size", "7"], "--vocab-size 7: bpe needs 257"),
-        (["--tokenizer", "nope"], "--tokenizer nope: no such file; needed byte, word, bpe"),
+        (["--tokenizer", "nope"], "--tokenizer nope: No such file or directory; needed byte"),
         (["--val-fraction", "0"], "--val-fraction 0.0: needed more than 0"),
         (["--val", "x", "--val-fraction", "0.1"], "exclude each other"),
         (["--shard-tokens", "2"], "--shard-tokens 2: needed 16 to"),
@@ -419,7 +425,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
     assert contents(tiny_disk / "out") == contents(tmp_path / "fresh")
 
 
-def start(corpus: Path, out: Path) -> tuple["subprocess.Popen[str]", list[psutil.Process]]:
+def start(corpus: Path, out: Path, **options: Any) -> tuple["subprocess.Popen[str]", list[psutil.Process]]:
     """A run of the command that has its workers at work."""
     command = [
         sys.executable,
@@ -431,7 +437,7 @@ def start(corpus: Path, out: Path) -> tuple["subprocess.Popen[str]", list[psutil
         "--tokenizer",
         "word",
     ]
-    process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.PIPE, text=True, **options)
     limit = time.monotonic() + 60
     while time.monotonic() < limit and process.poll() is None:
         # A process that is just starting or ending has no command line to look at.
@@ -479,6 +485,9 @@ def test_a_killed_run_leaves_no_manifest_and_does_not_go_on_as_another(
     assert gone(workers)
     assert [path.name for path in out.iterdir()] == [existing.WORK_NAME]
     arguments = [corpus, "--out", out, "--tokenizer", "byte", "--workers", 1]
+    encoded = out / existing.WORK_NAME / "done" / "encode"
+    encoded.mkdir(parents=True, exist_ok=True)
+    (encoded / "00000.json").write_text("{}")
     before = sorted(path.name for path in (out / existing.WORK_NAME).iterdir())
     assert run(*arguments) == 2
     error = capsys.readouterr().err
@@ -576,3 +585,115 @@ def test_of_a_large_input_every_task_trains_the_tokenizer(
         assert run(corpus, "--out", out, "--tokenizer", "word", "--workers", 1) == 0
         sizes.append(read_manifest(out).tokenizer.vocab_size)
     assert 20 < sizes[1] < sizes[0] - 20
+
+
+def test_a_data_set_inside_its_input_is_found_again_and_repaired(corpus: Path, tmp_path: Path) -> None:
+    """What it wrote itself, its rejects, is no input."""
+    shutil.copytree(corpus, tmp_path / "in")
+    out = tmp_path / "in" / "out"
+    arguments = [tmp_path / "in", "--out", out, "--tokenizer", "byte", "--min-chars", 5, "--workers", 1]
+    assert run(*arguments) == 0
+    assert (out / "rejects.jsonl").exists()
+    before = contents(out)
+    assert run(*arguments) == 0
+    (out / "train-00000.h5").unlink()
+    assert run_command("dataset", lambda: dataset.main(["repair", str(out)])) == 0
+    assert contents(out) == before
+
+
+def test_what_could_not_be_planned_is_not_in_the_way_of_its_cure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(pa.table({"body": [f"row {i}" for i in range(60)]}), tmp_path / "b.parquet")
+    arguments = [tmp_path / "b.parquet", "--out", tmp_path / "out", "--tokenizer", "byte", "--workers", 1]
+    assert run(*arguments) == 2
+    assert "choose with --field one of: body" in capsys.readouterr().err
+    assert run(*arguments, "--field", "body", "--val-fraction", 0.2) == 0
+
+
+def test_work_begun_otherwise_of_which_nothing_is_done_is_replaced(corpus: Path, tmp_path: Path) -> None:
+    """Several ranks cannot take it away: the others may be looking at it."""
+    work = tmp_path / "out" / existing.WORK_NAME
+    work.mkdir(parents=True)
+    (work / existing.RECORD_NAME).write_text(json.dumps({"invalid": "error"}))
+    assert run(corpus, "--out", tmp_path / "out", "--tokenizer", "byte", "--workers", 1) == 0
+
+
+def test_a_start_with_nothing_to_do_leaves_the_work_of_another_alone(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = [corpus, "--out", out, "--tokenizer", "byte", "--workers", 1]
+    assert run(*arguments) == 0
+    result = out / existing.WORK_NAME / "done" / "encode" / "00000.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("{}")
+    (out / existing.WORK_NAME / existing.RECORD_NAME).write_text(json.dumps({"seed": 1}))
+    assert run(*arguments) == 0
+    assert result.exists()
+    assert run(*arguments, "--seed", 2) == 2
+
+
+def test_resharding_with_its_own_tokenizer_goes_on_after_a_kill(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert run(corpus, "--out", out, "--tokenizer", "byte", "--workers", 1) == 0
+    arguments = [corpus, "--out", out, "--tokenizer", out / "tokenizer.json", "--workers", 1, "--seed", 5]
+    with monkeypatch.context() as patch:
+        patch.setattr(existing, "write_record", Mock(side_effect=[None, KeyboardInterrupt]))
+        assert run(*arguments, "--force") == 130
+    assert not (out / "manifest.json").exists()
+    assert run(*arguments, "--force") == 0
+    (out / ".tmp-0123456789ab-stats.json").write_text("half")
+    assert run(*arguments, "--force", "--seed", 6) == 0
+    assert not [path for path in out.iterdir() if path.name.startswith(".tmp")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_to_the_group_while_workers_start_is_the_parents(
+    number: signal.Signals, large_corpus: Path, tmp_path: Path
+) -> None:
+    process, _ = start(large_corpus, tmp_path / "out", start_new_session=True)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else 75), errors
+    assert "Traceback" not in errors
+    assert "died" not in errors
+
+
+def test_what_cannot_be_shown_or_written_to_stdout(corpus: Path, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m hvdlm.preprocess {corpus} --tokenizer byte --workers 1 --out {tmp_path}"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(f"{command}/übung", shell=True, capture_output=True, text=True, env=env)
+    assert (shown.returncode, shown.stderr.count("Traceback")) == (0, 0), shown.stderr
+    assert "\\xfcbung" in shown.stdout
+    closed = subprocess.run(f"{command}/closed >&-", shell=True, stderr=subprocess.PIPE, text=True)
+    assert (closed.returncode, closed.stderr.count("Traceback")) == (0, 0), closed.stderr
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    full = subprocess.run(
+        f"{command}/full >/dev/full", shell=True, stderr=subprocess.PIPE, text=True, env=env
+    )
+    assert full.returncode == 1
+    last = full.stderr.splitlines()[-1]
+    assert last == "hvdlm preprocess: error: standard output: cannot be written: No space left on device"
+
+
+def test_one_line_whatever_the_data_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"a\nb": 1, "k" * 10_000: 2}) + "\n")
+    assert run(tmp_path / "a.jsonl", "--out", tmp_path / "out", "--tokenizer", "byte", "--workers", 1) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert f"choose with --field one of: a\\nb, {'k' * 40}" in line
+    assert len(line) < 400
+
+
+def test_a_file_system_that_refuses_is_one_line(corpus: Path, tmp_path: Path) -> None:
+    """A limit of file size, say, where no disk is full."""
+    command = (
+        f"ulimit -f 100; {sys.executable} -m hvdlm.preprocess {corpus} --tokenizer byte --out {tmp_path}/o"
+    )
+    for workers in (1, 2):
+        done = subprocess.run(
+            ["bash", "-c", f"{command} --workers {workers}"], capture_output=True, text=True
+        )
+        assert done.returncode == 1, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "cannot be written: File too large" in done.stderr.splitlines()[-1]

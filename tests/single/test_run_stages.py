@@ -46,6 +46,7 @@ def test_the_same_blend_goes_on_in_its_stage_wherever_it_lies() -> None:
         ((weighted(A, 3),), r"data/b \(fingerprint b{12}\) is gone;"),
         ((weighted(A, 3), weighted(B, 1), C), r"data/c \(fingerprint c{12}\) is new;"),
         ((weighted(B, 1), weighted(A, 3)), "its sources had another order;"),
+        ((weighted(B, 2), weighted(A, 6)), "its sources had another order;"),
         ((weighted(A, 3), weighted(C, 1, "data/b")), r"data/b \(fingerprint c{12}\) is new, data/b .* gone;"),
     ],
 )
@@ -112,3 +113,21 @@ def test_reading_a_source_too_often_is_refused_with_the_most_steps() -> None:
     later = proceed(BEGUN, weighted(A, 1), weighted(B, 1), sample=400)
     with pytest.raises(UserError, match=r"data/b: 100 steps would read it 3\.\d\d times.* may be 74 at most"):
         check(later, 100)
+
+
+def test_the_most_steps_are_not_too_many_for_any_source() -> None:
+    """Also where the stage that would read too much brings a source in."""
+    begun = proceed((Stage(0, (A,)),), A, sample=720)
+    stages = proceed(begun, weighted(A, 1), weighted(B, 1), sample=720)
+
+    def check(steps: int) -> None:
+        check_epochs(stages, [(1000, 2), (45, 1)], steps=steps, global_batch=8, seed=SEED)
+
+    with pytest.raises(
+        UserError, match=r"^data/b: 900 steps would read it .*; train.steps may be \d+ at"
+    ) as e:
+        check(900)
+    most = int(str(e.value).partition("train.steps may be ")[2].partition(" ")[0])
+    check(most)
+    with pytest.raises(UserError, match=f"^data/b: .* may be {most} at most"):
+        check(most + 1)

@@ -78,6 +78,32 @@ def test_text_cannot_spell_eos_in_a_unigram_model() -> None:
     assert unknown.tolist() == [6, 0]
 
 
+def test_text_cannot_spell_a_special_token_by_what_is_normalized_to_it() -> None:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in "</>wespad")]
+    library = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=2))
+    library.normalizer = normalizers.NFKC()
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.decoder = decoders.Metaspace()
+    library.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    tokenizer = from_library(library)
+    wide = "we see \uff1cpad\uff1e\uff1cpad\uff1e and \uff1c/s\uff1e <pad>"
+    [ids, plain] = tokenizer.encode_batch([wide * 50, "we see"])
+    assert not {0, 1} & set(ids.tolist())
+    assert tokenizer.decode(ids).replace(" ", "") == ("wesee<pad><pad>a<unk>d</s><pad>" * 50).replace(" ", "")
+    assert plain.tolist() == library.encode("we see", add_special_tokens=False).ids
+
+
+def test_a_text_that_the_model_has_no_token_for_is_one_line() -> None:
+    library = tokenizers.Tokenizer(models.WordLevel({"</s>": 0, "the": 1}, unk_token="[UNK]"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = from_library(library)
+    assert tokenizer.encode_batch(["the the"])[0].tolist() == [1, 1]
+    with pytest.raises(
+        UserError, match=r"cannot encode a text: WordLevel error: .*; needed a tokenizer that"
+    ):
+        tokenizer.encode_batch(["the cat"])
+
+
 def test_vocab_size_counts_the_largest_id() -> None:
     library = word_level("</s>", vocab={"<unk>": 0, "a": 70000})
     tokenizer = from_library(library)
