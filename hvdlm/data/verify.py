@@ -91,14 +91,21 @@ def verify_blocks(
     return (problem for problem in verdicts if problem)
 
 
-def require_intact(source: Source, *, share: tuple[int, int], splits: Collection[str] = SPLITS) -> None:
-    """Compare one share of the blocks of some splits, as fast as it goes.
+def require_intact(
+    source: Source,
+    *,
+    share: tuple[int, int],
+    splits: Collection[str] = SPLITS,
+    stop: threading.Event | None = None,
+) -> None:
+    """Compare one share of the blocks of some splits, as fast as it goes, unless `stop` ends it early.
 
     Raises:
         UserError: One is bad, or cannot be read.
     """
     shards = tuple(entry for entry in source.manifest.shards if entry.split in splits)
-    for problem in verify_blocks(source.folder, replace(source.manifest, shards=shards), share=share):
+    manifest = replace(source.manifest, shards=shards)
+    for problem in verify_blocks(source.folder, manifest, share=share, stop=stop):
         raise UserError(told(source.folder, problem))
 
 

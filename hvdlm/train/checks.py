@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, final
 
-from hvdlm.comm.world import World
+from hvdlm.comm.world import AgreedError, World
+from hvdlm.config import EXIT_REQUEUE
 from hvdlm.data.intervals import Intervals, merge, size
 from hvdlm.data.sources import Source
 from hvdlm.data.verify import BackgroundVerifier, block_count, require_intact
+from hvdlm.train.together import agree, listening
 
 Known: TypeAlias = dict[str, Intervals]
 """Blocks that were found intact, of each data set by its fingerprint."""
@@ -74,7 +77,14 @@ class BlockChecks:
             self.verifier.close()
 
 
-def begin_checks(when: str, sources: Sequence[Source], *, known: Known, ranks: World) -> BlockChecks:
+def begin_checks(
+    when: str,
+    sources: Sequence[Source],
+    *,
+    known: Known,
+    ranks: World,
+    wants_stop: Callable[[], bool] = lambda: False,
+) -> BlockChecks:
     """Check this rank's share of the sources' blocks: now, in a thread, or not.
 
     Args:
@@ -82,15 +92,31 @@ def begin_checks(when: str, sources: Sequence[Source], *, known: Known, ranks: W
         sources: the data sets.
         known: blocks that earlier attempts found intact; a thread leaves them out.
         ranks: who share the others, however many they were earlier.
+        wants_stop: whether this rank should stop, asked by "before": nothing is trained on then.
 
     Raises:
-        UserError: "before" found a bad block.
+        AgreedError: on all ranks, where "before" found a bad block on one, or one wishes to stop.
+
+    Collective: yes.
     """
     share = (ranks.rank, ranks.size)
     if when == "before":
-        for source in sources:
-            require_intact(source, share=share)
-        # The other ranks' blocks too: who finds a bad one ends the run before any checkpoint.
+
+        def compare(stop: threading.Event) -> bool:
+            for source in sources:
+                require_intact(source, share=share, stop=stop)
+            return not stop.is_set()
+
+        whole = agree(
+            lambda: listening(compare, ranks, wants_stop=wants_stop, name="checks.progress"),
+            ranks,
+            name="checks.before",
+        )
+        if not all(whole):
+            raise AgreedError(
+                "stopped while data.verify = before read the data; the same command begins again",
+                EXIT_REQUEUE,
+            )
         return BlockChecks({s.manifest.fingerprint: [[0, block_count(s.manifest)]] for s in sources})
     if when == "off":
         return BlockChecks(known)

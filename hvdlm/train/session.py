@@ -131,9 +131,7 @@ def open_session(
     watch = _open_watch(config, run_folder, agreed, ranks, member=elastic.member if elastic else None)
     sources, notes = _stage(config, agreed, ranks, watch)
     loader = _open_loader(config, agreed, sources, ranks)
-    # What is staged was compared with its digests to the last byte.
-    when = config.data.verify if sources == agreed.sources else "off"
-    checks = begin_checks(when, sources, known=start.verified, ranks=ranks)
+    checks = _check(config, agreed, sources, ranks, watch)
     notes += checks.notes
     resumed = bool(start.checkpoint) or agreed.progress is not None
     model = build_model(config, agreed.tokenizer, ranks, resumed=resumed)
@@ -224,6 +222,15 @@ def _stage(
     )
     sources, note = stage_in(wanted, ranks, wants_stop=lambda: watch.requested)
     return sources, [note]
+
+
+def _check(
+    config: RunConfig, agreed: Agreed, sources: list[Source], ranks: World, watch: stop.StopWatch
+) -> BlockChecks:
+    # What is staged was compared with its digests to the last byte.
+    when = config.data.verify if sources == agreed.sources else "off"
+    known = agreed.start.verified
+    return begin_checks(when, sources, known=known, ranks=ranks, wants_stop=lambda: watch.requested)
 
 
 def _open_loader(config: RunConfig, agreed: Agreed, sources: list[Source], ranks: World) -> Loader:

@@ -6,22 +6,17 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from hvdlm.comm.world import AgreedError, World
-from hvdlm.config import UserError
+from hvdlm.comm.world import World
 from hvdlm.data.blend import Blend
 from hvdlm.data.loader import BatchPlan
 from hvdlm.data.sources import Source, shards_of
 from hvdlm.data.stage import Copy, Staged, prepare_stage, stage_folder, stage_shards
 from hvdlm.data.touched import samples_of, touched_shards
+from hvdlm.train.together import agree, listening
 
-_POLL_S = 0.5
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # One for each node, whatever containers call it.
 
 
@@ -65,7 +60,7 @@ def stage_in(wanted: Wanted, ranks: World, *, wants_stop: Callable[[], bool]) ->
     Collective: yes.
     """
     begun = time.monotonic()
-    places = _agree(lambda: _place(wanted), ranks, name="stage.places")
+    places = agree(lambda: _place(wanted), ranks, name="stage.places")
     peers = [rank for rank, place in enumerate(places) if place == places[ranks.rank]]
     to, share = [Path(folder) for folder in places[ranks.rank][1:]], (peers.index(ranks.rank), len(peers))
     copies = wanted.copies([(peer, ranks.size) for peer in peers], to)
@@ -74,9 +69,14 @@ def stage_in(wanted: Wanted, ranks: World, *, wants_stop: Callable[[], bool]) ->
         if share[0] == 0:
             prepare_stage(copies)
 
-    _agree(prepare, ranks, name="stage.prepare")
-    parts = _agree(
-        lambda: _copy(copies, share=share, ranks=ranks, wants_stop=wants_stop), ranks, name="stage.done"
+    agree(prepare, ranks, name="stage.prepare")
+
+    def copy(stop: threading.Event) -> dict[str, int] | None:
+        done = stage_shards(copies, share=share, stop=stop)
+        return asdict(done) if done else None
+
+    parts = agree(
+        lambda: listening(copy, ranks, wants_stop=wants_stop, name="stage.progress"), ranks, name="stage.done"
     )
     if None in parts:
         return wanted.sources, "staging was stopped, reading from where the data is"
@@ -91,42 +91,3 @@ def _place(wanted: Wanted) -> list[str]:
     """The node of this rank, and the folder of each source there."""
     folders = (stage_folder(wanted.stage, source.manifest, os.environ) for source in wanted.sources)
     return [_BOOT_ID.read_text().strip(), *map(str, folders)]
-
-
-def _agree(work: Callable[[], Any], ranks: World, *, name: str) -> list[Any]:
-    """Do `work` on every rank: the JSON results of all, or one rank's error on all."""
-    try:
-        outcome: dict[str, Any] = {"result": work()}
-    except UserError as error:
-        outcome = {"error": f"rank {ranks.rank}: {error}", "exit_code": error.exit_code}
-    outcomes = ranks.gather_json(outcome, name=name)
-    for other in outcomes:
-        if "error" in other:
-            raise AgreedError(other["error"], other["exit_code"])
-    return [other["result"] for other in outcomes]
-
-
-def _copy(
-    copies: list[Copy], *, share: tuple[int, int], ranks: World, wants_stop: Callable[[], bool]
-) -> dict[str, int] | None:
-    """Copy in a thread while the ranks tell each other that they live, fail or wish to stop: one that
-    only waited for the slowest in the last collective would be taken for stalled."""
-    stop, pool = threading.Event(), ThreadPoolExecutor(1, "stage")
-    try:
-        copying = pool.submit(stage_shards, copies, share=share, stop=stop)
-        busy = 1
-        while busy:
-            wait([copying], _POLL_S)
-            finished = copying.done()
-            leaving = wants_stop() or (finished and copying.exception() is not None)
-            busy, leaving = ranks.sum_(
-                torch.tensor([int(not finished), int(leaving)]), name="stage.progress"
-            ).tolist()
-            if leaving:
-                stop.set()
-        done = copying.result()
-        return asdict(done) if done else None
-    finally:
-        # Without waiting: a thread that hangs in a read must not keep a failed job alive.
-        stop.set()
-        pool.shutdown(wait=False)

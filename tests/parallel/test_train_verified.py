@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -177,3 +178,23 @@ def test_evaluate_reads_nothing_that_was_not_checked(tiny_data: Path, tmp_path: 
     (line,) = [line for line in done.stdout.splitlines() if "error:" in line]
     assert f"{own / val.name}: block 0: tokens 0 to" in line
     assert f"run python -m hvdlm.dataset repair '{own}', or copy" in line
+
+
+def test_before_can_be_stopped_and_trains_on_nothing(data: Path, tmp_path: Path) -> None:
+    run_folder, read = tmp_path / "run", tmp_path / "read"
+    command = [*helpers.mpirun(2), *watched(data, run_folder, 3, "--data.verify", "before")]
+    with helpers.started(command, {"MOST_BLOCKS": "2", "READ_BLOCKS": str(read)}) as process:
+        helpers.wait_until(
+            lambda: read.exists() and len(read.read_text().splitlines()) == 4,
+            within_s=60,
+            what="two ranks verified two blocks each",
+        )
+        helpers.send(helpers.ranks_of(process)[1], signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "stopped while data.verify = before read the data; the same command begins again" in output
+    assert "Traceback" not in output
+    assert not list((run_folder / "checkpoints").glob("step-*"))
+    assert helpers.exit_record(run_folder)["exit_code"] == 75
+    done = helpers.run(command)
+    assert done.returncode == 0, done.stdout
