@@ -50,7 +50,7 @@ def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
 
     Raises:
         UserError: an input that does not exist, is empty, has an unknown suffix or holds no input
-            at all, or a folder that cannot be read.
+            at all, or a folder that cannot be read (a glob passes over it).
     """
     found: dict[str, InputFile] = {}
     for text in inputs:

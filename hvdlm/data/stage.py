@@ -109,8 +109,8 @@ def prepare_stage(copies: Sequence[Copy]) -> None:
     needed, free = sum(missing), status.f_bavail * status.f_frsize
     if needed > free:
         raise UserError(
-            f"data.stage {stage}: {free / _GIB:.2f} GiB are free on {os.uname().nodename}, the "
-            f"{len(missing)} shard(s) to copy need {needed / _GIB:.2f} GiB; free space there, name a "
+            f"data.stage {stage}: {free >> 20:,} MiB are free on {os.uname().nodename}, the "
+            f"{len(missing)} shard(s) to copy need {(needed >> 20) + 1:,} MiB; free space there, name a "
             "larger disk, or leave data.stage empty"
         )
 

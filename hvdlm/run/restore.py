@@ -143,6 +143,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UserError: there is none, the named one is damaged, or one cannot be read or is of a newer version.
     """
+    if _STEP_FOLDER.fullmatch(path.name) and not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint; name one that is there, or the run folder")
     if (path / MANIFEST).exists() or _STEP_FOLDER.fullmatch(path.name):
         problem = find_problem(path)
         if problem:

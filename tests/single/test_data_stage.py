@@ -164,7 +164,9 @@ def test_a_missing_or_truncated_source_is_named(data: tuple[Path, Manifest], tmp
 def test_too_little_space_is_known_before_the_first_byte(data: tuple[Path, Manifest], tmp_path: Path) -> None:
     disk, sizes = tmp_path / "disk", {entry.name: entry.file_bytes for entry in data[1].shards}
     with helpers.small_disk(disk, size_kib=(sizes[NAMES[0]] + sizes[NAMES[1]]) // 1024 + 64):
-        with pytest.raises(UserError, match=r"0\.00 GiB are free on .*, the 3 shard\(s\) to copy need 0\.0"):
+        with pytest.raises(
+            UserError, match=r"\d+ MiB are free on .*, the 3 shard\(s\) to copy need \d+ MiB;"
+        ):
             staged(data, disk / "hvdlm-x")
         assert list((disk / "hvdlm-x").iterdir()) == []
         # One fits, and is not counted again once it is there.

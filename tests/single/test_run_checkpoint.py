@@ -279,6 +279,8 @@ def test_the_same_command_goes_on_with_a_branch(tmp_path: Path) -> None:
 
 
 def test_opening_nothing_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="step-00000099: no such checkpoint; name one that is there"):
+        restore.open_checkpoint(tmp_path / "step-00000099")
     with pytest.raises(UserError, match="no such run folder"):
         restore.open_checkpoint(tmp_path / "missing")
     with pytest.raises(UserError, match="no valid checkpoint"):
