@@ -24,8 +24,8 @@ from hvdlm.data.order import permute
 TASKS = 256
 MIN_TASK_BYTES = 1 << 20
 MAX_TASK_BYTES = 256 << 20
-MAX_DOCUMENT_BYTES = 256 << 20
-"""A process holds the document that it encodes."""
+MAX_DOCUMENT_BYTES = 200 << 20
+"""A process holds the document that it encodes, a few times over, in less than 1 GiB."""
 _SCAN_BYTES = 1 << 16
 _RECORD_END = {"line": re.compile(rb"\n"), "paragraph": re.compile(rb"\n\r?\n")}
 

@@ -6,12 +6,15 @@ the start of a file is taken off.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import orjson
 
 from hvdlm.config import EXIT_CRASH, UserError
@@ -32,6 +35,8 @@ _MAGIC = {
     b"\x89PNG": "an image",
     b"\x89HDF": "an HDF5 file",
 }
+_LONG_LINE_BYTES = 1 << 20
+_JSON_STARTS = {b"{": "an object", b"[": "a list", b"t": "true or false", b"f": "true or false", b"n": "null"}
 _JSON_NAMES: dict[type, str] = {
     dict: "an object",
     list: "a list",
@@ -173,6 +178,9 @@ def _text_of_cell(raw: memoryview | None, options: ReadOptions) -> str | None:
 
 
 def _text_of_line(raw: bytes, options: ReadOptions) -> str | None:
+    if len(raw) >= _LONG_LINE_BYTES:
+        with contextlib.suppress(msgspec.DecodeError, RecursionError, orjson.JSONDecodeError):
+            return _text_of_long_line(raw, options)
     try:
         record = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -193,6 +201,27 @@ def _text_of_line(raw: bytes, options: ReadOptions) -> str | None:
         found = _JSON_NAMES.get(type(text), "a value")
         raise _BadRecordError(f"field {field!r} is {found}, needed a string; choose another --field")
     return _without_surrogates(text, options)
+
+
+def _text_of_long_line(raw: bytes, options: ReadOptions) -> str | None:
+    """As for any line, but its other fields are passed over: as objects they take 30 times their bytes.
+
+    Raises:
+        DecodeError, RecursionError, JSONDecodeError: it takes the tolerant parser.
+    """
+    value = _decoder(options.field).decode(raw).value
+    if value is msgspec.UNSET:
+        raise _BadRecordError(f"no field {options.field!r}; choose another --field")
+    if bytes(memoryview(value)[:1]) == b'"':
+        return _without_surrogates(orjson.loads(memoryview(value)), options)
+    found = _JSON_STARTS.get(bytes(memoryview(value)[:1]), "a number")
+    raise _BadRecordError(f"field {options.field!r} is {found}, needed a string; choose another --field")
+
+
+@cache
+def _decoder(field: str) -> msgspec.json.Decoder[Any]:
+    only = [("value", msgspec.Raw | msgspec.UnsetType, msgspec.UNSET)]
+    return msgspec.json.Decoder(msgspec.defstruct("Record", only, rename={"value": field}))
 
 
 def _parse(line: str) -> object:

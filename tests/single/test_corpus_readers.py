@@ -99,6 +99,49 @@ def test_chunks_do_not_show(chunk_bytes: int, tmp_path: Path, monkeypatch: pytes
     assert read(path, "paragraph") == ["ab", "中", "last"]
 
 
+@pytest.mark.parametrize("invalid", ["error", "replace", "skip"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "plain \\n \\u4e2d \\ud83e\\udd80 中"}',
+        ' { "n" : [1, {"text": [2]}], "text" :  "after" , "more": null} ',
+        '{"text": "first", "text": "last"}',
+        '{"n": NaN, "text": "tolerant"}',
+        '{"text": "half \\ud800"}',
+        '{"n": "half \\ud800", "text": "x"}',
+        '{"text": ["a"]}',
+        '{"text": {"a": 1}}',
+        '{"text": 1e5}',
+        '{"text": -1}',
+        '{"text": true}',
+        '{"text": false}',
+        '{"text": null}',
+        '{"text": "cut',
+        '{"text": "x", "n": [1,,2]}',
+        '["text"]',
+        '"text"',
+        f'{{"n": {"[" * 3000}{"]" * 3000}, "text": "deep"}}',
+    ],
+)
+def test_a_long_line_is_read_as_any_other(
+    line: str, invalid: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    found = []
+    for least in (1, 1 << 30):
+        monkeypatch.setattr(readers, "_LONG_LINE_BYTES", least)
+        piece = make_plan([describe(tmp_path / "a.jsonl")], [], document="file", field="text", seed=0)
+        documents = read_documents(piece[0].pieces[0], ReadOptions(invalid=invalid))
+        found.append([(document.text, document.problem) for document in documents])
+    assert found[0] == found[1]
+
+
+def test_a_long_line_without_the_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_LONG_LINE_BYTES", 1)
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n{"a b.c": "y"}\n')
+    assert "no field 'text'; choose another --field" in failure(tmp_path / "a.jsonl")
+
+
 def test_what_is_too_long_for_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (plan, lines, readers):
         monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 16)
