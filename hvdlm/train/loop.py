@@ -182,11 +182,11 @@ def _commit(s: Session) -> None:
 
 def _finish(s: Session, step: int, exit_code: int, *, course: Course) -> int:
     """Say how it ended, to the user and in exit.json."""
+    unread = s.checks.left(s.checks.gather(s.ranks)) if exit_code == EXIT_DONE else ""
     told = s.ranks.gather_json([s.watch.reason, s.checks.problem()], name="finish.told")
     for problem in (problem for _, problem in told if problem):
         raise AgreedError(problem, EXIT_USAGE)
     reasons = [reason for reason, _ in told if reason]
-    unread = s.checks.left(s.checks.gather(s.ranks)) if exit_code == EXIT_DONE else ""
     if s.reports:
         (s.run_folder / stop.STOP_FILE).unlink(missing_ok=True)
     if s.reports and exit_code == EXIT_REQUEUE:

@@ -87,7 +87,7 @@ def test_the_timeline_has_every_sum_to_the_last(launcher: list[str], tiny_data: 
     assert counts["allreduce.step.statistics"] == 20
     assert counts["grouped_allreduce.grad.norm.weight_1of11"] == 20
     # The last that a run sends.
-    assert counts["allgather.finish.reasons"] == 1
+    assert counts["allgather.finish.told"] == 1
 
 
 def test_a_killed_run_leaves_a_timeline_that_can_be_read(tiny_data: Path, tmp_path: Path) -> None:
