@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hvdlm.comm import device
-from hvdlm.comm.world import World
+from hvdlm.comm.world import AgreedError, World
 from hvdlm.config import RunConfig, total_steps
 from hvdlm.data.files import unwritable, write_atomic
 from hvdlm.data.loader import BatchPlan, Loader
@@ -230,7 +230,13 @@ def _check(
     # What is staged was compared with its digests to the last byte.
     when = config.data.verify if sources == agreed.sources else "off"
     known = agreed.start.verified
-    return begin_checks(when, sources, known=known, ranks=ranks, wants_stop=lambda: watch.requested)
+    try:
+        return begin_checks(when, sources, known=known, ranks=ranks, wants_stop=lambda: watch.requested)
+    except AgreedError:
+        # All leave in order: a rank that was asked to stop would take what rank 0 records for its failure.
+        watch.close()
+        ranks.barrier(name="checks.left")
+        raise
 
 
 def _open_loader(config: RunConfig, agreed: Agreed, sources: list[Source], ranks: World) -> Loader:
