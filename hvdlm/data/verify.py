@@ -106,10 +106,10 @@ def require_intact(
     shards = tuple(entry for entry in source.manifest.shards if entry.split in splits)
     manifest = replace(source.manifest, shards=shards)
     for problem in verify_blocks(source.folder, manifest, share=share, stop=stop):
-        raise UserError(told(source.folder, problem))
+        raise UserError(_told(source.folder, problem))
 
 
-def told(folder: Path, problem: Problem) -> str:
+def _told(folder: Path, problem: Problem) -> str:
     """A problem with its place and what to do."""
     return f"{folder / problem.file}: {problem.detail}{'' if problem.says_cure else f'; {cure(folder)}'}"
 
@@ -169,7 +169,7 @@ class BackgroundVerifier:
             try:
                 for problem in _verdicts(folder, source.manifest, own, brake):
                     if problem:
-                        self._problem = told(folder, problem)
+                        self._problem = _told(folder, problem)
                         return
                     self._intact[index] += 1
             except Exception as error:

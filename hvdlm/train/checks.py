@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, final
 
@@ -13,6 +13,7 @@ from hvdlm.config import EXIT_REQUEUE
 from hvdlm.data.intervals import Intervals, merge, size
 from hvdlm.data.sources import Source
 from hvdlm.data.verify import BackgroundVerifier, block_count, require_intact
+from hvdlm.run.stop import StopWatch
 from hvdlm.train.together import agree, listening
 
 Known: TypeAlias = dict[str, Intervals]
@@ -78,12 +79,7 @@ class BlockChecks:
 
 
 def begin_checks(
-    when: str,
-    sources: Sequence[Source],
-    *,
-    known: Known,
-    ranks: World,
-    wants_stop: Callable[[], bool] = lambda: False,
+    when: str, sources: Sequence[Source], *, known: Known, ranks: World, watch: StopWatch
 ) -> BlockChecks:
     """Check this rank's share of the sources' blocks: now, in a thread, or not.
 
@@ -92,7 +88,7 @@ def begin_checks(
         sources: the data sets.
         known: blocks that earlier attempts found intact; a thread leaves them out.
         ranks: who share the others, however many they were earlier.
-        wants_stop: whether this rank should stop, asked by "before": nothing is trained on then.
+        watch: whether this rank should stop, asked by "before": nothing is trained on then.
 
     Raises:
         AgreedError: on all ranks, where "before" found a bad block on one, or one wishes to stop.
@@ -108,11 +104,14 @@ def begin_checks(
             return not stop.is_set()
 
         whole = agree(
-            lambda: listening(compare, ranks, wants_stop=wants_stop, name="checks.progress"),
+            lambda: listening(compare, ranks, wants_stop=lambda: watch.requested, name="checks.progress"),
             ranks,
             name="checks.before",
         )
         if not all(whole):
+            # A rank that was asked to stop would take what rank 0 records for its failure, and leave with 1.
+            watch.close()
+            ranks.barrier(name="checks.left")
             raise AgreedError(
                 "stopped while data.verify = before read the data; the same command begins again",
                 EXIT_REQUEUE,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hvdlm.comm import device
-from hvdlm.comm.world import AgreedError, World
+from hvdlm.comm.world import World
 from hvdlm.config import RunConfig, total_steps
 from hvdlm.data.files import unwritable, write_atomic
 from hvdlm.data.loader import BatchPlan, Loader
@@ -131,7 +131,9 @@ def open_session(
     watch = _open_watch(config, run_folder, agreed, ranks, member=elastic.member if elastic else None)
     sources, notes = _stage(config, agreed, ranks, watch)
     loader = _open_loader(config, agreed, sources, ranks)
-    checks = _check(config, agreed, sources, ranks, watch)
+    # What is staged was compared with its digests to the last byte.
+    when = config.data.verify if sources == agreed.sources else "off"
+    checks = begin_checks(when, sources, known=start.verified, ranks=ranks, watch=watch)
     notes += checks.notes
     resumed = bool(start.checkpoint) or agreed.progress is not None
     model = build_model(config, agreed.tokenizer, ranks, resumed=resumed)
@@ -222,21 +224,6 @@ def _stage(
     )
     sources, note = stage_in(wanted, ranks, wants_stop=lambda: watch.requested)
     return sources, [note]
-
-
-def _check(
-    config: RunConfig, agreed: Agreed, sources: list[Source], ranks: World, watch: stop.StopWatch
-) -> BlockChecks:
-    # What is staged was compared with its digests to the last byte.
-    when = config.data.verify if sources == agreed.sources else "off"
-    known = agreed.start.verified
-    try:
-        return begin_checks(when, sources, known=known, ranks=ranks, wants_stop=lambda: watch.requested)
-    except AgreedError:
-        # All leave in order: a rank that was asked to stop would take what rank 0 records for its failure.
-        watch.close()
-        ranks.barrier(name="checks.left")
-        raise
 
 
 def _open_loader(config: RunConfig, agreed: Agreed, sources: list[Source], ranks: World) -> Loader:
