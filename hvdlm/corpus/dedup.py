@@ -12,14 +12,15 @@ Two different texts of one hash would be taken for equal: below 1e-18 for 10^10 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from hvdlm.corpus.documents import Rejects, digest, kept_documents
+from hvdlm.corpus.documents import Rejects, kept_documents
 from hvdlm.corpus.job import Job, Report, Tally
 from hvdlm.corpus.work import Work
 from hvdlm.data.files import publishing
@@ -41,7 +42,7 @@ def hash_task(index: int, job: Job, report: Report) -> dict[str, Any]:
     digests = bytearray()
     documents = runs = 0
     for text, done_bytes in kept_documents(task, job, Rejects(job.keep.max_errors)):
-        digests += digest(text, xxhash.xxh3_128()).digest()
+        digests += xxhash.xxh3_128_digest(text)
         documents += 1
         if documents % _REPORT_EVERY == 0:
             report(Tally(done_bytes - told, _REPORT_EVERY))
@@ -88,16 +89,28 @@ def find_drops(index: int, job: Job, report: Report, *, ranges: int, runs: Seque
     return {"duplicates": len(drops)}
 
 
-def drops_of(task: int, job: Job) -> np.ndarray:
-    """Which documents of a task are duplicates of earlier ones: their places, rising, int64 [k]."""
+def duplicate_flags(task: int, job: Job) -> Iterator[int]:
+    """For each document of a task in turn, and without end: 1 where it is a duplicate of an earlier one."""
     if not job.keep.dedup:
-        return np.zeros(0, np.int64)
-    found = [np.fromfile(path, "<u4") for path in job.folder.glob(_copies_path(job, task, "*").name)]
+        yield from repeat(0)
+    for run in count():
+        flags = np.zeros(RUN_DOCUMENTS, np.uint8)
+        flags[drops_of(task, job, run)] = 1
+        yield from flags.tobytes()
+
+
+def drops_of(task: int, job: Job, run: int) -> np.ndarray:
+    """Which documents of a run are duplicates of earlier ones: their places in it, rising, int64 [k]."""
+    copies = _copies_path(job, task, run)
+    found = [np.fromfile(copies, "<u4")] if copies.exists() else []
+    first = run * RUN_DOCUMENTS
     for path in job.folder.glob("drops-*.bin"):
         table = _open(path, _DROP)
-        first, end = np.searchsorted(table["task"], [task, task + 1])
-        found.append(np.array(table["index"][first:end]))
-    return np.sort(np.concatenate(found)).astype(np.int64)
+        begin, end = np.searchsorted(table["task"], [task, task + 1])
+        places = np.array(table["index"][begin:end])
+        begin, end = np.searchsorted(places, [first, first + RUN_DOCUMENTS])
+        found.append(places[begin:end])
+    return np.sort(np.concatenate([np.zeros(0, np.int64), *found])) - first
 
 
 def forget_lost(job: Job, work: Work) -> None:
@@ -110,14 +123,6 @@ def forget_lost(job: Job, work: Work) -> None:
     for index in work.done("drop"):
         if not _drop_path(job, index).exists():
             work.forget("drop", index)
-
-
-def drop_mask(task: int, job: Job) -> bytes:
-    """For each document of a task, up to its last duplicate: 1 where it is one."""
-    places = drops_of(task, job)
-    mask = np.zeros(int(places[-1]) + 1 if len(places) else 0, np.uint8)
-    mask[places] = 1
-    return mask.tobytes()
 
 
 def _save_run(job: Job, task: int, run: int, digests: bytearray) -> None:
@@ -160,7 +165,7 @@ def _hash_path(job: Job, task: int, run: int) -> Path:
     return job.folder / f"hashes-{task:05d}-{run}.bin"
 
 
-def _copies_path(job: Job, task: int, run: int | str) -> Path:
+def _copies_path(job: Job, task: int, run: int) -> Path:
     return job.folder / f"copies-{task:05d}-{run}.bin"
 
 

@@ -15,16 +15,16 @@ from hvdlm.corpus.job import Job
 from hvdlm.corpus.plan import Piece, Task
 from hvdlm.corpus.readers import Document, place_of, read_documents
 from hvdlm.data.files import publishing
-from hvdlm.text.pieces import cut
+from hvdlm.text.utf8 import decoded
 
 REASONS = ("empty", "not_utf8", "too_short", "too_long", "bad", "duplicate")
 """Why a document was left out, as it is counted."""
 
 
 class Kept(NamedTuple):
-    """A document that is kept: its text, and how many bytes of the task are read by then."""
+    """A document that is kept: its text in UTF-8, and how many bytes of the task are read by then."""
 
-    text: str
+    text: bytes
     done_bytes: int
 
 
@@ -95,25 +95,27 @@ def kept_documents(task: Task, job: Job, rejects: Rejects) -> Iterator[Kept]:
         UserError: a file that cannot be read, or more bad records than allowed.
     """
     keep, before = job.keep, 0
+    counted = keep.min_chars > 1 or keep.max_chars > 0
     for piece in task.pieces:
         for document in read_documents(piece, job.read):
             text = document.text
+            chars = _chars(text) if text and counted else 0
             if document.problem:
                 rejects.add(piece, document, "bad", detail=document.problem)
             elif text is None:
                 rejects.add(piece, document, "not_utf8")
             elif not text:
                 rejects.count("empty")
-            elif len(text) < keep.min_chars:
-                rejects.add(piece, document, "too_short", detail=f"{len(text)} characters")
-            elif keep.max_chars and len(text) > keep.max_chars:
-                rejects.add(piece, document, "too_long", detail=f"{len(text)} characters")
+            elif counted and chars < keep.min_chars:
+                rejects.add(piece, document, "too_short", detail=f"{chars} characters")
+            elif keep.max_chars and chars > keep.max_chars:
+                rejects.add(piece, document, "too_long", detail=f"{chars} characters")
             else:
                 yield Kept(text, before + document.done_bytes)
         before += piece.size_bytes
 
 
-def split_of(task: Task, text: str, val_fraction: float) -> str:
+def split_of(task: Task, text: bytes, val_fraction: float) -> str:
     """Where a document goes: by its own hash, so equal ones stay together whatever else is there.
 
     Args:
@@ -126,11 +128,8 @@ def split_of(task: Task, text: str, val_fraction: float) -> str:
     """
     if task.split:
         return task.split
-    return "val" if int(digest(text, xxhash.xxh3_64()).intdigest()) < val_fraction * 2.0**64 else "train"
+    return "val" if xxhash.xxh3_64_intdigest(text) < val_fraction * 2.0**64 else "train"
 
 
-def digest(text: str, state: Any) -> Any:
-    """Feed a hash the UTF-8 of a text, piece by piece: a long one is never there twice as a whole."""
-    for piece in cut(text):
-        state.update(piece.encode())
-    return state
+def _chars(text: bytes) -> int:
+    return len(text) if text.isascii() else sum(map(len, decoded(text)))

@@ -14,28 +14,32 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from hvdlm.config import EXIT_CRASH, EXIT_USAGE, UserError
-from hvdlm.corpus.dedup import drop_mask
+from hvdlm.corpus.dedup import duplicate_flags
 from hvdlm.corpus.documents import Rejects, kept_documents, split_of
 from hvdlm.corpus.job import Job, Report, Tally
-from hvdlm.corpus.piles import Pile, PileWriter, remove, save_in_order
+from hvdlm.corpus.piles import Pile, PileWriter, count_tokens, groups, remove, save_in_order
 from hvdlm.corpus.plan import Task
-from hvdlm.corpus.stats import summary
+from hvdlm.corpus.stats import summary, total
 from hvdlm.corpus.write import ShardWriter
 from hvdlm.data.entries import SPLITS
 from hvdlm.data.files import TEMP_PREFIX
 from hvdlm.data.order import permute
-from hvdlm.text.pieces import cut
+from hvdlm.text.pieces import cut_utf8
 
 _BATCH_CHARS = 1 << 18
 _BATCH_PARTS = 1024
 
 
 class Part(NamedTuple):
-    """A piece of a document short enough to be encoded at once, and whether the document ends with it."""
+    """A piece of a document short enough to be encoded at once.
+
+    Attributes:
+        text_bytes: of the document that ends with it; 0 where it goes on.
+    """
 
     text: str
     split: str
-    ends: bool
+    text_bytes: int
 
 
 def encode_task(index: int, job: Job, report: Report) -> dict[str, Any]:
@@ -102,17 +106,15 @@ def _encode(task: Task, job: Job, rejects: Rejects, *, stems: dict[str, Path], r
             )
             for split, stem in stems.items()
         }
-        document_bytes = told = 0
+        told = 0
         for parts, done_bytes in _batches(task, job, rejects):
             tokens = 0
             for part, ids in zip(parts, encoder.encode_batch([part.text for part in parts]), strict=True):
                 piles[part.split].add(ids)
                 tokens += len(ids)
-                document_bytes += len(part.text) if part.text.isascii() else len(part.text.encode())
-                if part.ends:
-                    piles[part.split].end(document_bytes)
-                    document_bytes = 0
-            documents = sum(part.ends for part in parts)
+                if part.text_bytes:
+                    piles[part.split].end(part.text_bytes)
+            documents = sum(part.text_bytes > 0 for part in parts)
             report(Tally(done_bytes - told, documents, tokens + documents))
             told = done_bytes
         for pile in piles.values():
@@ -123,48 +125,54 @@ def _encode(task: Task, job: Job, rejects: Rejects, *, stems: dict[str, Path], r
 def _write(index: int, job: Job, stems: dict[str, Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Shuffle the piles: the one for training into shards, the other into a pile to be merged."""
     dtype = job.tokenizer.dtype
-    with Pile(stems["train"], dtype) as train, Pile(stems["val"], dtype) as val:
-        shards = ShardWriter(
-            job.folder / f"train-{index:05d}",
-            "train",
-            shard_tokens=min(job.shard_tokens, int(train.lengths.sum())),
-            tokenizer=job.tokenizer_info,
-        )
-        shards.add(train, _shuffled(len(train.lengths), job.seed, index))
-        shards.flush()
-        save_in_order(val, _shuffled(len(val.lengths), job.seed, index), val_stem(job, index), dtype)
-        statistics = {"train": summary(train), "val": summary(val)}
+    shards = ShardWriter(
+        job.folder / f"train-{index:05d}",
+        "train",
+        shard_tokens=min(job.shard_tokens, count_tokens(stems["train"], dtype)),
+        tokenizer=job.tokenizer_info,
+    )
+    for pile, order in _shuffled(stems["train"], job, index):
+        shards.add(pile, order)
+    shards.flush()
+    save_in_order(_shuffled(stems["val"], job, index), val_stem(job, index), dtype)
+    statistics = {split: total([*map(summary, groups(stem, dtype))]) for split, stem in stems.items()}
     return [asdict(entry) for entry in shards.entries], statistics
 
 
-def _shuffled(n: int, seed: int, task: int) -> np.ndarray:
-    """An order of n documents that follows from (seed, task): int64 [n]."""
+def _shuffled(stem: Path, job: Job, task: int) -> Iterator[tuple[Pile, np.ndarray]]:
+    """The groups of a pile, and for each an order of its documents, int64 [n], by (seed, task, group)."""
+    for number, pile in enumerate(groups(stem, job.tokenizer.dtype)):
+        yield pile, shuffled(len(pile.lengths), seed=job.seed, key=number << 32 | task)
+
+
+def shuffled(n: int, *, seed: int, key: int) -> np.ndarray:
+    """An order of n documents that follows from (seed, key): int64 [n]."""
     if n == 0:
         return np.zeros(0, np.int64)
-    return permute(np.arange(n), n, seed=seed, epochs=np.full(n, task, np.int64))
+    return permute(np.arange(n), n, seed=seed, epochs=np.full(n, key, np.int64))
 
 
 def _batches(task: Task, job: Job, rejects: Rejects) -> Iterator[tuple[list[Part], int]]:
     """Parts to encode in one call, and how many bytes of the task are read by then."""
     parts: list[Part] = []
     chars = done_bytes = 0
-    drops = drop_mask(task.index, job)
-    for number, (text, done_bytes) in enumerate(kept_documents(task, job, rejects)):
-        if number < len(drops) and drops[number]:
+    documents = kept_documents(task, job, rejects)
+    for (text, done_bytes), is_duplicate in zip(documents, duplicate_flags(task.index, job), strict=False):
+        if is_duplicate:
             rejects.count("duplicate")
             continue
-        split, pieces = split_of(task, text, job.val_fraction), cut(text)
+        split, pieces = split_of(task, text, job.val_fraction), cut_utf8(text)
         for piece in pieces:
-            parts.append(Part(piece, split, False))
+            parts.append(Part(piece, split, 0))
             chars += len(piece)
             if chars >= _BATCH_CHARS or len(parts) >= _BATCH_PARTS:
                 # The last part of a text is known as such only when the next is asked for.
                 following = next(pieces, None)
-                parts[-1] = Part(piece, split, following is None)
+                parts[-1] = Part(piece, split, len(text) if following is None else 0)
                 yield parts, done_bytes
                 parts, chars = [], 0
                 if following is not None:
-                    parts, chars = [Part(following, split, False)], len(following)
+                    parts, chars = [Part(following, split, 0)], len(following)
         if parts:
-            parts[-1] = parts[-1]._replace(ends=True)
+            parts[-1] = parts[-1]._replace(text_bytes=len(text))
     yield parts, done_bytes

@@ -19,7 +19,7 @@ from hvdlm.corpus import existing, stats
 from hvdlm.corpus.encode import rejects_path, val_stem
 from hvdlm.corpus.job import REJECTS_NAME, TOKENIZER_NAME, Job
 from hvdlm.corpus.options import Options
-from hvdlm.corpus.piles import Pile, is_whole
+from hvdlm.corpus.piles import groups, is_whole
 from hvdlm.corpus.work import Work
 from hvdlm.corpus.write import ShardWriter
 from hvdlm.data.entries import ShardEntry, parse_shard
@@ -116,7 +116,7 @@ def merge_val(job: Job, tasks: int) -> list[ShardEntry]:
         job.folder / "val", "val", shard_tokens=job.shard_tokens, tokenizer=job.tokenizer_info
     )
     for index in range(tasks):
-        with Pile(val_stem(job, index), job.tokenizer.dtype) as pile:
+        for pile in groups(val_stem(job, index), job.tokenizer.dtype):
             writer.add(pile, np.arange(len(pile.lengths)))
     writer.flush()
     return writer.entries

@@ -14,7 +14,7 @@ import numpy as np
 from hvdlm.corpus.plan import Task
 from hvdlm.corpus.readers import ReadOptions
 from hvdlm.data.entries import TokenizerInfo
-from hvdlm.data.files import write_atomic
+from hvdlm.data.files import publishing, write_atomic
 from hvdlm.text import fast, tokenizer
 from hvdlm.text.tokenizer import Tokenizer
 
@@ -119,7 +119,8 @@ class Job:
         Raises:
             UserError: the disk is full.
         """
-        lines = [json.dumps(asdict(task)).encode() + b"\n" for task in tasks]
-        offsets = np.cumsum([0, *(len(line) for line in lines)], dtype="<i8")
-        write_atomic(self.folder / PLAN_NAME, b"".join(lines))
-        write_atomic(self.folder / OFFSETS_NAME, offsets.tobytes())
+        offsets = [0]
+        with publishing(self.folder / PLAN_NAME) as temp, temp.open("xb") as file:
+            for task in tasks:
+                offsets.append(offsets[-1] + file.write(json.dumps(asdict(task)).encode() + b"\n"))
+        write_atomic(self.folder / OFFSETS_NAME, np.array(offsets, "<i8").tobytes())

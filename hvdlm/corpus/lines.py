@@ -100,11 +100,10 @@ def parts_of(lines: Iterable[Line], document: str, piece: Piece) -> Iterator[Lin
         yield Line(first, _without_end(b"".join(group)), done_bytes)
 
 
-def parts_of_text(text: str, document: str, piece: Piece) -> Iterator[str]:
+def parts_of_text(text: bytes, document: str, piece: Piece) -> Iterator[bytes]:
     """Cut one text in the same way."""
-    lines = (Line(number, raw, 0) for number, raw in enumerate(_split(text.encode()), 1))
-    for part in parts_of(lines, document, piece):
-        yield part.raw.decode()
+    lines = (Line(number, raw, 0) for number, raw in enumerate(_split(text), 1))
+    return (part.raw for part in parts_of(lines, document, piece))
 
 
 def _split(raw: bytes) -> Iterator[bytes]:

@@ -39,7 +39,7 @@ def row_group_bytes(path: str, field: str) -> list[int]:
         return [group.total_byte_size for group in groups]
 
 
-def read_rows(path: str, field: str, groups: range) -> Iterator[tuple[int, memoryview | None, float]]:
+def read_rows(path: str, field: str, groups: range) -> Iterator[tuple[int, bytes | memoryview | None, float]]:
     """Read one column of some row groups, a few hundred rows or some megabytes at a time.
 
     Args:
@@ -48,8 +48,8 @@ def read_rows(path: str, field: str, groups: range) -> Iterator[tuple[int, memor
         groups: which row groups.
 
     Yields:
-        Row number counted from 1 in the file, the text's bytes (as they lie in pyarrow's memory) or None
-        for null, and the part of the row groups' rows read so far.
+        Row number counted from 1 in the file, the text's bytes (where they are few as they lie in pyarrow's
+        memory) or None for null, and the part of the row groups' rows read so far.
 
     Raises:
         UserError: damaged.
@@ -62,12 +62,14 @@ def read_rows(path: str, field: str, groups: range) -> Iterator[tuple[int, memor
         read = 0
         while read < counts[group]:
             cells = _cells_of(path, field, group, skip=read, metadata=metadata)
+            cell: bytes | memoryview | None
             for cell in cells:
                 row, done, read = row + 1, done + 1, read + 1
                 is_long = cell is not None and len(cell) >= _LONG_BYTES
-                if is_long:
-                    # The reader holds three times as much of it.
+                if cell is not None and is_long:
+                    # The reader holds three times as much of it, and what is yielded would keep one of them.
                     cells.close()
+                    cell = bytes(cell)
                 yield row, cell, done / rows
                 if is_long:
                     break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import final
@@ -13,6 +14,8 @@ from hvdlm.data.files import publishing, read_exactly
 
 _SUFFIXES = (".tokens", ".lengths", ".bytes")
 _FLUSH_TOKENS, _FLUSH_DOCUMENTS = 1 << 20, 1 << 16
+GROUP_DOCUMENTS = 4 << 20
+"""Documents of a pile that are looked at together, at most: about 80 bytes each while they are shuffled."""
 
 
 @final
@@ -109,18 +112,28 @@ class PileWriter:
 
 @final
 class Pile:
-    """Documents that a `PileWriter` wrote; a context manager that closes them.
+    """Documents that a `PileWriter` wrote, a group of them; a context manager that closes them.
+
+    Args:
+        stem: as there.
+        dtype: as there.
+        first: the group's first document.
+        first_token: where it begins.
 
     Attributes:
         lengths: uint32 [n], tokens of each document, eos included.
         text_bytes: uint32 [n], UTF-8 bytes of each document.
+        end_token: after the last document.
     """
 
-    def __init__(self, stem: Path, dtype: np.dtype) -> None:
+    def __init__(self, stem: Path, dtype: np.dtype, first: int = 0, first_token: int = 0) -> None:
         self._path, self._dtype = _beside(stem, ".tokens"), dtype
-        self.lengths = np.fromfile(_beside(stem, ".lengths"), "<u4")
-        self.text_bytes = np.fromfile(_beside(stem, ".bytes"), "<u4")
-        ends = np.cumsum(self.lengths, dtype=np.int64)
+        self.lengths, self.text_bytes = (
+            np.fromfile(_beside(stem, suffix), "<u4", GROUP_DOCUMENTS, offset=4 * first)
+            for suffix in (".lengths", ".bytes")
+        )
+        ends = np.cumsum(self.lengths, dtype=np.int64) + first_token
+        self.end_token = int(ends[-1]) if len(ends) else first_token
         self._starts = (ends - self.lengths) * dtype.itemsize
         self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
 
@@ -134,18 +147,34 @@ class Pile:
         """Read documents in some order.
 
         Args:
-            order: their indices, int64 [k].
+            order: their indices in the group, int64 [k].
             out: of the pile's dtype, with room for exactly these documents.
         """
         view, start = out.view(np.uint8).data, 0
-        sizes = (self.lengths[order].astype(np.int64) * self._dtype.itemsize).tolist()
-        for first, size in zip(self._starts[order].tolist(), sizes, strict=True):
-            read_exactly(self._fd, view[start : start + size], first, self._path)
-            start += size
+        for at in range(0, len(order), _FLUSH_DOCUMENTS):
+            chosen = order[at : at + _FLUSH_DOCUMENTS]
+            sizes = (self.lengths[chosen].astype(np.int64) * self._dtype.itemsize).tolist()
+            for first, size in zip(self._starts[chosen].tolist(), sizes, strict=True):
+                read_exactly(self._fd, view[start : start + size], first, self._path)
+                start += size
 
 
-def save_in_order(pile: Pile, order: np.ndarray, stem: Path, dtype: np.dtype) -> None:
-    """Write a pile anew in another order, durably.
+def groups(stem: Path, dtype: np.dtype) -> Iterator[Pile]:
+    """A pile in groups of `GROUP_DOCUMENTS`, in the order in which it was written; one at least."""
+    documents, first_token = _beside(stem, ".lengths").stat().st_size // 4, 0
+    for first in range(0, max(documents, 1), GROUP_DOCUMENTS):
+        with Pile(stem, dtype, first, first_token) as pile:
+            yield pile
+            first_token = pile.end_token
+
+
+def save_in_order(parts: Iterable[tuple[Pile, np.ndarray]], stem: Path, dtype: np.dtype) -> None:
+    """Write groups of a pile anew, each in another order, durably.
+
+    Args:
+        parts: a group and the order of its documents, int64 [n].
+        stem: of the new pile.
+        dtype: of the tokens.
 
     Raises:
         UserError: the disk is full.
@@ -153,12 +182,18 @@ def save_in_order(pile: Pile, order: np.ndarray, stem: Path, dtype: np.dtype) ->
     with ExitStack() as stack:
         temps = [stack.enter_context(publishing(_beside(stem, s))) for s in _SUFFIXES]
         tokens, lengths, sizes = (stack.enter_context(temp.open("xb")) for temp in temps)
-        for chosen in np.array_split(order, max(1, -(-int(pile.lengths.sum()) // _FLUSH_TOKENS))):
-            out = np.empty(int(pile.lengths[chosen].sum()), dtype)
-            pile.copy(chosen, out)
-            tokens.write(out.data)
-        lengths.write(pile.lengths[order].data)
-        sizes.write(pile.text_bytes[order].data)
+        for pile, order in parts:
+            for chosen in np.array_split(order, max(1, -(-int(pile.lengths.sum()) // _FLUSH_TOKENS))):
+                out = np.empty(int(pile.lengths[chosen].sum()), dtype)
+                pile.copy(chosen, out)
+                tokens.write(out.data)
+            lengths.write(pile.lengths[order].data)
+            sizes.write(pile.text_bytes[order].data)
+
+
+def count_tokens(stem: Path, dtype: np.dtype) -> int:
+    """Tokens of a pile, eos included."""
+    return _beside(stem, ".tokens").stat().st_size // dtype.itemsize
 
 
 def is_whole(stem: Path, dtype: np.dtype, *, documents: int, tokens: int) -> bool:

@@ -30,7 +30,7 @@ _SCAN_BYTES = 1 << 16
 _RECORD_END = {"line": re.compile(rb"\n"), "paragraph": re.compile(rb"\n\r?\n")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A file or a part of one: [start, end) in bytes (row groups for parquet), and its weight in bytes.
 

@@ -26,7 +26,7 @@ KINDS = {
 """What a file is read as, by the end of its name."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class InputFile:
     """One file to read: its absolute path, a value of `KINDS`, size in bytes, time of last change in ns."""
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hvdlm.corpus.dedup import drop_mask
+from hvdlm.corpus.dedup import duplicate_flags
 from hvdlm.corpus.documents import Kept, Rejects, kept_documents, split_of
 from hvdlm.corpus.job import Job, Report, Tally
 from hvdlm.text.distinct import DISTINCT_BYTES, until_full
 from hvdlm.text.fast import SAMPLE_CHARS
-from hvdlm.text.pieces import cut
+from hvdlm.text.pieces import cut_utf8
 
 _SAMPLED_TASKS = 16
 MAX_BYTES = 256 << 20
@@ -40,7 +40,7 @@ def _pieces(job: Job, tasks: int, share: int, report: Report) -> Iterator[str]:
             report(Tally(done_bytes - told))
             told = done_bytes
             if split_of(task, text, job.val_fraction) == "train":
-                for piece in cut(text):
+                for piece in cut_utf8(text):
                     left -= len(piece.encode())
                     yield piece
             if left <= 0:
@@ -49,9 +49,9 @@ def _pieces(job: Job, tasks: int, share: int, report: Report) -> Iterator[str]:
 
 def unique_documents(job: Job, index: int) -> Iterator[Kept]:
     """The kept documents of a task without duplicates."""
-    drops = drop_mask(index, job)
-    documents = enumerate(kept_documents(job.task(index), job, Rejects(job.keep.max_errors)))
-    return (document for number, document in documents if number >= len(drops) or not drops[number])
+    documents = kept_documents(job.task(index), job, Rejects(job.keep.max_errors))
+    flags = duplicate_flags(index, job)
+    return (document for document, is_duplicate in zip(documents, flags, strict=False) if not is_duplicate)
 
 
 def share_bytes(tasks: int, total_bytes: int) -> int:
@@ -70,7 +70,7 @@ def sample_texts(job: Job, tasks: int) -> list[str]:
     for index in chosen:
         left = share
         for text, _ in unique_documents(job, index):
-            texts.append(text[:left])
+            texts.append(next(cut_utf8(text))[:left])
             left -= len(texts[-1])
             if left <= 0:
                 break

@@ -11,6 +11,9 @@ from hvdlm.corpus.piles import Pile
 from hvdlm.data.entries import ShardEntry, TokenizerInfo
 from hvdlm.data.shards import write_shard
 
+SHARD_DOCUMENTS = 4 << 20
+"""Documents a shard at most, however short: 32 bytes each while it is written."""
+
 
 @final
 class ShardWriter:
@@ -28,7 +31,7 @@ class ShardWriter:
         self._stem, self._split, self._tokenizer = stem, split, tokenizer
         # Memory is touched, and so taken, only as far as it is filled.
         self._tokens = np.empty(shard_tokens, tokenizer.token_dtype)
-        self._used = 0
+        self._used = self._documents = 0
         self._lengths: list[np.ndarray] = []
         self._text_bytes = 0
 
@@ -47,6 +50,7 @@ class ShardWriter:
         while first < len(order):
             room = len(self._tokens) - self._used
             stop = int(np.searchsorted(ends, done + room, side="right"))
+            stop = min(stop, first + SHARD_DOCUMENTS - self._documents)
             if stop == first:
                 self.flush()
                 continue
@@ -54,6 +58,7 @@ class ShardWriter:
             pile.copy(order[first:stop], self._tokens[self._used : self._used + size])
             self._lengths.append(lengths[first:stop])
             self._text_bytes += int(pile.text_bytes[order[first:stop]].sum())
+            self._documents += stop - first
             self._used, done, first = self._used + size, done + size, stop
 
     def flush(self) -> None:
@@ -76,4 +81,4 @@ class ShardWriter:
                 tokenizer=self._tokenizer,
             )
         )
-        self._used, self._lengths, self._text_bytes = 0, [], 0
+        self._used, self._documents, self._lengths, self._text_bytes = 0, 0, [], 0

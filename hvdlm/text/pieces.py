@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
+from hvdlm.text.utf8 import decoded
+
 PIECE_CHARS = 1 << 20
 """Longest text, in code points, that is handed to the library whole."""
 RUN_CHARS = 256
@@ -32,15 +34,34 @@ def cut(text: str) -> Iterator[str]:
     """
     start = 0
     while len(text) - start > PIECE_CHARS:
-        limit = start + PIECE_CHARS
-        end = text.rfind("\n", start, limit) + 1
-        if end == 0:
-            end = text.rfind(" ", start + 1, limit)
-        if end == -1:
-            end = limit
+        end = _end_of_piece(text, start)
         yield text[start:end]
         start = end
     yield text[start:] if start else text
+
+
+def cut_utf8(raw: bytes) -> Iterator[str]:
+    """Cut a text that is there as UTF-8 (see `cut`), of which only some megabytes are decoded at a time.
+
+    Raises:
+        UnicodeDecodeError: not UTF-8.
+    """
+    left = ""
+    for part in decoded(raw):
+        left = f"{left}{part}" if left else part
+        while len(left) > PIECE_CHARS:
+            end = _end_of_piece(left, 0)
+            yield left[:end]
+            left = left[end:]
+    yield left
+
+
+def _end_of_piece(text: str, start: int) -> int:
+    limit = start + PIECE_CHARS
+    end = text.rfind("\n", start, limit) + 1
+    if end == 0:
+        end = text.rfind(" ", start + 1, limit)
+    return limit if end == -1 else end
 
 
 def cut_all(texts: Iterable[str]) -> Iterator[str]:

@@ -16,10 +16,10 @@ def tasks_of(folder: Path, document: str = "file", seed: int = 0) -> list[Task]:
     return make_plan(find_inputs([str(folder)]), [], document=document, field="text", seed=seed)
 
 
-def texts(tasks: list[Task], document: str) -> list[str | None]:
+def texts(tasks: list[Task], document: str) -> list[str]:
     read = ReadOptions(document=document)
     pieces = sorted((p for task in tasks for p in task.pieces), key=lambda piece: (piece.path, piece.start))
-    return [d.text for piece in pieces for d in read_documents(piece, read)]
+    return [(d.text or b"").decode() for piece in pieces for d in read_documents(piece, read)]
 
 
 @pytest.mark.parametrize("task_bytes", [1, 2, 3, 5, 16, 50, 1000])

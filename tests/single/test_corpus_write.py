@@ -5,8 +5,8 @@ import h5py
 import numpy as np
 import pytest
 
-from hvdlm.corpus import piles
-from hvdlm.corpus.encode import _shuffled
+from hvdlm.corpus import piles, write
+from hvdlm.corpus.encode import shuffled
 from hvdlm.corpus.piles import Pile, PileWriter, remove, save_in_order
 from hvdlm.corpus.write import ShardWriter
 from hvdlm.data.entries import TokenizerInfo
@@ -85,11 +85,11 @@ def test_how_documents_come_does_not_show(tmp_path: Path) -> None:
 
 def test_an_order_keeps_every_document_whole_and_seed_and_task_change_it(tmp_path: Path) -> None:
     kept = pile(tmp_path / "a", list(range(1, 40)))
-    order = _shuffled(39, 1, 2)
+    order = shuffled(39, seed=1, key=2)
     assert sorted(order.tolist()) == list(range(39))
-    assert len({tuple(_shuffled(39, seed, task)) for seed in (0, 1) for task in (2, 3)}) == 4
-    assert _shuffled(0, 1, 2).tolist() == []
-    save_in_order(kept, order, tmp_path / "b", U2)
+    assert len({tuple(shuffled(39, seed=seed, key=task)) for seed in (0, 1) for task in (2, 3)}) == 4
+    assert shuffled(0, seed=1, key=2).tolist() == []
+    save_in_order([(kept, order)], tmp_path / "b", U2)
     mixed = Pile(tmp_path / "b", U2)
     assert mixed.text_bytes.tolist() == [3 * (i + 1) + (i >= 20) for i in order]
     tokens = tokens_of(mixed)
@@ -115,5 +115,29 @@ def test_lengths_do_not_wait_in_memory(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("lengths", [[], [3, 1, 4]])
 def test_small_piles(lengths: list[int], tmp_path: Path) -> None:
     kept = pile(tmp_path / "a", lengths)
-    save_in_order(kept, np.arange(len(lengths)), tmp_path / "b", U2)
+    save_in_order([(kept, np.arange(len(lengths)))], tmp_path / "b", U2)
     assert tokens_of(Pile(tmp_path / "b", U2)).tolist() == tokens_of(kept).tolist()
+
+
+def test_groups_of_a_pile_are_the_pile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = pile(tmp_path / "a", [*range(10)])
+    monkeypatch.setattr(piles, "GROUP_DOCUMENTS", 4)
+    found = [
+        (tokens_of(group).tolist(), group.lengths.tolist()) for group in piles.groups(tmp_path / "a", U2)
+    ]
+    assert [len(lengths) for _, lengths in found] == [4, 4, 2]
+    assert [token for tokens, _ in found for token in tokens] == tokens_of(kept).tolist()
+    assert piles.count_tokens(tmp_path / "a", U2) == int(kept.lengths.sum())
+    turned = ((group, np.arange(len(group.lengths))[::-1]) for group in piles.groups(tmp_path / "a", U2))
+    save_in_order(turned, tmp_path / "b", U2)
+    mixed = [group.lengths.tolist() for group in piles.groups(tmp_path / "b", U2)]
+    assert mixed == [lengths[::-1] for _, lengths in found]
+    pile(tmp_path / "none", [])
+    assert [len(group.lengths) for group in piles.groups(tmp_path / "none", U2)] == [0]
+
+
+def test_a_shard_has_only_so_many_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "SHARD_DOCUMENTS", 3)
+    kept = pile(tmp_path / "a", [1, 2, 3, 4, 5, 6, 7])
+    found = shards(tmp_path, [(kept, np.arange(2)), (kept, np.arange(2, 7))], 20)
+    assert [[len(d) - 1 for d in shard] for shard in found] == [[1, 2, 3], [4, 5, 6], [7]]

@@ -189,23 +189,27 @@ def peak_mib(*arguments: str) -> int:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("first", ["", "👩"], ids=["ascii", "emoji"])
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_the_longest_document_takes_less_than_a_gibibyte(kind: str, tmp_path: Path) -> None:
-    """With a BPE trained on it; its words are random, so there are more of them than in real text."""
+def test_the_longest_document_takes_less_than_a_gibibyte(kind: str, first: str, tmp_path: Path) -> None:
+    """With a BPE trained on it; its words are random, so there are more of them than in real text.
+
+    One emoji makes a string of it four times as large.
+    """
     rng = np.random.default_rng(0)
     letters = rng.integers(97, 123, plan.MAX_DOCUMENT_BYTES - 20, dtype=np.uint8)
     letters[rng.random(len(letters), np.float32) < 1 / 6] = ord(" ")
-    text, path = letters.tobytes().decode(), tmp_path / f"a.{kind}"
+    text, path = first + letters.tobytes().decode(), tmp_path / f"a.{kind}"
     if kind == "parquet":
         pq.write_table(pa.table({"text": [text]}), path)
     else:
-        path.write_text(text if kind == "txt" else json.dumps({"text": text}) + "\n")
+        path.write_text(text if kind == "txt" else json.dumps({"text": text}, ensure_ascii=False) + "\n")
     (tmp_path / "val.txt").write_text("short")
     arguments = [str(path), "--val", str(tmp_path / "val.txt"), "--out", str(tmp_path / "out")]
     peak = peak_mib(*arguments, "--tokenizer", "bpe", "--vocab-size", "8192", "--workers", "1")
-    print(f"{kind}: {peak} MiB")
+    print(f"{kind}{first}: {peak} MiB")
     assert peak < 1024
-    assert read_manifest(tmp_path / "out").text_bytes("train") == len(text)
+    assert read_manifest(tmp_path / "out").text_bytes("train") == len(text.encode())
 
 
 def test_a_line_of_50_mb_in_bounded_memory(tmp_path: Path) -> None:
@@ -222,9 +226,10 @@ def test_a_line_of_50_mb_in_bounded_memory(tmp_path: Path) -> None:
         assert bytes(file["tokens"][:100].astype(np.uint8)) == text.encode()[:100]
 
 
-def test_a_line_of_structure_in_bounded_memory(tmp_path: Path) -> None:
-    """As Python's objects its lists would take two gigabytes."""
-    line = '{"lists": [' + "[]," * 20_000_000 + '[]], "text": "a few words", "more": 1}\n'
+@pytest.mark.parametrize("last", ["[]", "NaN", '"\\ud800"'])
+def test_a_line_of_structure_in_bounded_memory(last: str, tmp_path: Path) -> None:
+    """As Python's objects its lists would take two gigabytes, also where no strict parser reads it."""
+    line = '{"lists": [' + "[]," * 20_000_000 + f'{last}], "text": "a few words", "more": 1}}\n'
     (tmp_path / "a.jsonl").write_text(line)
     (tmp_path / "val.txt").write_text("short")
     arguments = [
