@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from hvdlm.corpus.documents import Rejects, kept_documents
+from hvdlm.corpus.documents import Kept, Rejects, kept_documents
 from hvdlm.corpus.job import Job, Report, Tally
+from hvdlm.corpus.plan import Task
 from hvdlm.corpus.work import Work
 from hvdlm.data.files import publishing
 
@@ -43,6 +44,7 @@ def hash_task(index: int, job: Job, report: Report) -> dict[str, Any]:
     documents = runs = 0
     for text, done_bytes in kept_documents(task, job, Rejects(job.keep.max_errors)):
         digests += xxhash.xxh3_128_digest(text)
+        del text
         documents += 1
         if documents % _REPORT_EVERY == 0:
             report(Tally(done_bytes - told, _REPORT_EVERY))
@@ -89,10 +91,21 @@ def find_drops(index: int, job: Job, report: Report, *, ranges: int, runs: Seque
     return {"duplicates": len(drops)}
 
 
+def unique_documents(task: Task, job: Job, rejects: Rejects) -> Iterator[Kept]:
+    """The kept documents of a task (see `kept_documents`) without duplicates, which are counted."""
+    is_duplicate = duplicate_flags(task.index, job)
+    for document in kept_documents(task, job, rejects):
+        if next(is_duplicate):
+            rejects.count("duplicate")
+        else:
+            yield document
+        del document
+
+
 def duplicate_flags(task: int, job: Job) -> Iterator[int]:
     """For each document of a task in turn, and without end: 1 where it is a duplicate of an earlier one."""
     if not job.keep.dedup:
-        yield from repeat(0)
+        yield from repeat(0)  # For ever.
     for run in count():
         flags = np.zeros(RUN_DOCUMENTS, np.uint8)
         flags[drops_of(task, job, run)] = 1

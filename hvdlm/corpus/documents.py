@@ -84,7 +84,8 @@ class Rejects:
 def kept_documents(task: Task, job: Job, rejects: Rejects) -> Iterator[Kept]:
     """The documents of a task that are long and short enough, in the order of its pieces.
 
-    Every stage that reads a task sees the same sequence, so a document is known by its place in it.
+    Every stage that reads a task sees the same sequence, so a document is known by its place in it. Whoever
+    loops over them drops one before it asks for the next: each may have 200 MB.
 
     Args:
         task: from the plan.
@@ -95,7 +96,7 @@ def kept_documents(task: Task, job: Job, rejects: Rejects) -> Iterator[Kept]:
         UserError: a file that cannot be read, or more bad records than allowed.
     """
     keep, before = job.keep, 0
-    counted = keep.min_chars > 1 or keep.max_chars > 0
+    counted = keep.min_chars > 0 or keep.max_chars > 0
     for piece in task.pieces:
         for document in read_documents(piece, job.read):
             text = document.text
@@ -106,12 +107,13 @@ def kept_documents(task: Task, job: Job, rejects: Rejects) -> Iterator[Kept]:
                 rejects.add(piece, document, "not_utf8")
             elif not text:
                 rejects.count("empty")
-            elif counted and chars < keep.min_chars:
+            elif chars < keep.min_chars:
                 rejects.add(piece, document, "too_short", detail=f"{chars} characters")
             elif keep.max_chars and chars > keep.max_chars:
                 rejects.add(piece, document, "too_long", detail=f"{chars} characters")
             else:
                 yield Kept(text, before + document.done_bytes)
+            del document, text  # Not both it and the next in memory.
         before += piece.size_bytes
 
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from hvdlm.config import EXIT_CRASH, EXIT_USAGE, UserError
-from hvdlm.corpus.dedup import duplicate_flags
-from hvdlm.corpus.documents import Rejects, kept_documents, split_of
+from hvdlm.corpus.dedup import unique_documents
+from hvdlm.corpus.documents import Rejects, split_of
 from hvdlm.corpus.job import Job, Report, Tally
 from hvdlm.corpus.piles import Pile, PileWriter, count_tokens, groups, remove, save_in_order
 from hvdlm.corpus.plan import Task
@@ -156,11 +156,7 @@ def _batches(task: Task, job: Job, rejects: Rejects) -> Iterator[tuple[list[Part
     """Parts to encode in one call, and how many bytes of the task are read by then."""
     parts: list[Part] = []
     chars = done_bytes = 0
-    documents = kept_documents(task, job, rejects)
-    for (text, done_bytes), is_duplicate in zip(documents, duplicate_flags(task.index, job), strict=False):
-        if is_duplicate:
-            rejects.count("duplicate")
-            continue
+    for text, done_bytes in unique_documents(task, job, rejects):
         split, pieces = split_of(task, text, job.val_fraction), cut_utf8(text)
         for piece in pieces:
             parts.append(Part(piece, split, 0))
@@ -175,4 +171,5 @@ def _batches(task: Task, job: Job, rejects: Rejects) -> Iterator[tuple[list[Part
                     parts, chars = [Part(following, split, 0)], len(following)
         if parts:
             parts[-1] = parts[-1]._replace(text_bytes=len(text))
+        del text
     yield parts, done_bytes

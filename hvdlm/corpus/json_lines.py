@@ -22,25 +22,27 @@ from hvdlm.text.utf8 import decoded
 LONG_LINE_BYTES = 1 << 20
 """From here on a line is scanned whatever it holds."""
 _DEPTH = 1024
-"""Of nested values at most: what orjson allows."""
+"""Of nested values that are not empty, at most: what orjson allows."""
 _NAMES_SHOWN, _NAME_CHARS = 12, 40
 
 # Source of the grammar: RFC 8259; with NaN and Infinity, as Python's json writes them. Possessive (`*+`):
-# what is matched is never given back, and memory does not grow with it.
+# what is matched is never given back, and memory does not grow with it. What is repeated is atomic (`(?>`):
+# up to Python 3.11.4 a body that fails halfway is not taken back otherwise (cpython issue 106052).
 _SPACE = rb"[ \t\n\r]*+"
 _PLAIN = rb'[^"\\\x00-\x1f]*+'
-_STRING = rb'"' + _PLAIN + rb'(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})' + _PLAIN + rb')*+"'
-_NUMBER = rb"-?+(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][-+]?+[0-9]++)?+"
+_STRING = rb'"' + _PLAIN + rb'(?:(?>\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})' + _PLAIN + rb'))*+"'
+_NUMBER = rb"(?>-?(?:0|[1-9][0-9]*+))(?>\.[0-9]++|)(?>[eE][-+]?[0-9]++|)"
 _EMPTY = rb"\[" + _SPACE + rb"\]|\{" + _SPACE + rb"\}"
 _ATOM = rb"(?:" + _STRING + rb"|true|false|null|NaN|-?Infinity|" + _NUMBER + rb"|" + _EMPTY + rb")"
 _COLON = _SPACE + rb":" + _SPACE
 _COMMA = _SPACE + rb"," + _SPACE
 _SPACES, _VALUE, _KEY = re.compile(_SPACE), re.compile(_ATOM), re.compile(rb"(" + _STRING + rb")" + _COLON)
 # Whole runs at once: a step of the loop below costs twenty times as much.
-_ITEMS = re.compile(rb"(?:" + _ATOM + _COMMA + rb")*+")
-_MEMBERS = re.compile(rb"(?:" + _STRING + _COLON + _ATOM + _COMMA + rb")*+")
+_ITEMS = re.compile(rb"(?:(?>" + _ATOM + _COMMA + rb"))*+")
+_MEMBERS = re.compile(rb"(?:(?>" + _STRING + _COLON + _ATOM + _COMMA + rb"))*+")
 _ESCAPES = re.compile(
-    r"(?:[^\\]++|\\u[dD][89abAB]..(?:\\u[dD][c-fC-F]..|(?=.{6}))|\\u(?![dD][89abAB])....|\\[^u])*+", re.DOTALL
+    r"(?:(?>[^\\]++|\\u[dD][89abAB]..(?:\\u[dD][c-fC-F]..|(?=.{6}))|\\u(?![dD][89abAB])....|\\[^u]))*+",
+    re.DOTALL,
 )
 """Of a part of a string: as far as no escape, and no pair of them, is cut by its end."""
 _KINDS = {
@@ -93,11 +95,11 @@ def _scanned(raw: bytes, field: str, invalid: str) -> bytes | None:
     for key, bounds in _members(raw, first + 1):
         if len(key) > longest:
             name = str(key[:_NAME_CHARS], "utf-8", "replace")
-        elif (name := (_unescaped(key, "replace") or b"").decode()) == field:
+        elif (name := json.loads(f'"{str(key, "utf-8", "replace")}"')) == field:
             value = bounds
             continue
         if len(names) < _NAMES_SHOWN:
-            names[name] = None
+            names[name.encode(errors="replace").decode()] = None
     if value is None:
         fields = ", ".join(f"{name:.{_NAME_CHARS}}" for name in names) or "none"
         raise BadRecordError(f"no field {field!r}; choose with --field one of: {fields}")
@@ -189,7 +191,7 @@ def _not_json(raw: bytes, at: int, needed: str) -> BadRecordError:
 
 
 def _kind(raw: bytes, at: int) -> str:
-    return _KINDS.get(raw[at : at + 1], "a number")
+    return _KINDS.get(raw[at : at + 1], "a number")  # NaN and Infinity among them.
 
 
 def _unescaped(value: memoryview, invalid: str) -> bytes | None:
@@ -197,8 +199,8 @@ def _unescaped(value: memoryview, invalid: str) -> bytes | None:
     joined, left = BytesIO(), ""
     for part in chain(decoded(value, "replace" if invalid == "replace" else "strict"), [None]):
         left = f"{left}{part or ''}"
-        whole = len(left) if part is None or "\\" not in left else _past(_ESCAPES, left, 0)
-        text = json.loads(f'"{left[:whole]}"') if "\\" in left else left
+        whole = len(left) if part is None else _past(_ESCAPES, left, 0)
+        text = json.loads(f'"{left[:whole]}"')
         utf8 = without_surrogates(text, invalid)
         if utf8 is None:
             return None

@@ -7,6 +7,7 @@ import gzip
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -46,29 +47,32 @@ def read_lines(piece: Piece) -> Iterator[Line]:
     """
     with Path(piece.path).open("rb", buffering=_BUFFER_BYTES) as file:
         file.seek(piece.start)
-        number, begun = 1, bytearray()
+        number, begun = 1, BytesIO()
         with closing(_DECOMPRESS[piece.kind](file, piece)) as chunks:
             for chunk in _without_mark(chunks) if piece.start == 0 else chunks:
                 done_bytes = min(file.tell(), piece.end) - piece.start
                 start = 0
                 while end := chunk.find(b"\n", start) + 1:
-                    begun += chunk[start:end]
-                    yield Line(number, _take(begun, piece, number), done_bytes)
+                    if begun.tell() + end - start > MAX_DOCUMENT_BYTES:
+                        raise _too_long(piece, number)
+                    yield Line(number, _take(begun, chunk[start:end]), done_bytes)
                     number, start = number + 1, end
-                begun += chunk[start:]
-                if len(begun) > MAX_DOCUMENT_BYTES:
+                begun.write(chunk[start:])
+                if begun.tell() > MAX_DOCUMENT_BYTES:
                     raise _too_long(piece, number)
-        if begun:
-            yield Line(number, _take(begun, piece, number), piece.size_bytes)
+        if begun.tell():
+            yield Line(number, _take(begun, b""), piece.size_bytes)
 
 
-def _take(begun: bytearray, piece: Piece, number: int) -> bytes:
-    """What was collected, once; a line of many megabytes gives its memory back."""
-    if len(begun) > MAX_DOCUMENT_BYTES:
-        raise _too_long(piece, number)
-    line = bytes(begun)
-    begun.clear()
-    return line
+def _take(begun: BytesIO, last: bytes) -> bytes:
+    """What was collected and this; the collection is empty afterwards. Much of it is not copied."""
+    if not begun.tell():
+        return last
+    begun.write(last)
+    taken = begun.getvalue()
+    begun.seek(0)
+    begun.truncate()
+    return taken
 
 
 def parts_of(lines: Iterable[Line], document: str, piece: Piece) -> Iterator[Line]:
@@ -82,22 +86,23 @@ def parts_of(lines: Iterable[Line], document: str, piece: Piece) -> Iterator[Lin
     Raises:
         UserError: a paragraph that is too long.
     """
-    group: list[bytes] = []
-    first = done_bytes = group_bytes = 0
+    return map(_without_end, lines) if document == "line" else _paragraphs(lines, piece)
+
+
+def _paragraphs(lines: Iterable[Line], piece: Piece) -> Iterator[Line]:
+    # Not a list of lines: those of one letter would take twenty times their bytes.
+    group = BytesIO()
+    first = done_bytes = 0
     for number, raw, done_bytes in lines:
-        if document == "line":
-            yield Line(number, _without_end(raw), done_bytes)
-        elif raw and not raw.isspace():
-            first = first if group else number
-            group.append(raw)
-            group_bytes += len(raw)
-            if group_bytes > MAX_DOCUMENT_BYTES:
+        if raw and not raw.isspace():
+            first = first if group.tell() else number
+            group.write(raw)
+            if group.tell() > MAX_DOCUMENT_BYTES:
                 raise _too_long(piece, first)
-        elif group:
-            yield Line(first, _without_end(b"".join(group)), done_bytes)
-            group, group_bytes = [], 0
-    if group:
-        yield Line(first, _without_end(b"".join(group)), done_bytes)
+        elif group.tell():
+            yield _without_end(Line(first, _take(group, b""), done_bytes))
+    if group.tell():
+        yield _without_end(Line(first, _take(group, b""), done_bytes))
 
 
 def parts_of_text(text: bytes, document: str, piece: Piece) -> Iterator[bytes]:
@@ -142,8 +147,8 @@ def _without_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
     return chain([without_mark(first)], chunks)
 
 
-def _without_end(raw: bytes) -> bytes:
-    return raw.removesuffix(b"\n").removesuffix(b"\r")
+def _without_end(line: Line) -> Line:
+    return line._replace(raw=line.raw.removesuffix(b"\n").removesuffix(b"\r"))
 
 
 def _plain(file: BinaryIO, piece: Piece) -> Generator[bytes, None, None]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,20 @@ from hvdlm.config import UserError
 
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 8 << 20
 _BUFFER_BYTES, _LONG_BYTES = 4 << 20, 32 << 20
+
+
+class Row(NamedTuple):
+    """One cell.
+
+    Attributes:
+        number: of the row, counted from 1 in the file.
+        cell: the text's bytes, where they are few as they lie in pyarrow's memory; None for null.
+        done: the part of the row groups' rows read so far, 0..1.
+    """
+
+    number: int
+    cell: bytes | memoryview | None
+    done: float
 
 
 def row_group_bytes(path: str, field: str) -> list[int]:
@@ -39,17 +53,13 @@ def row_group_bytes(path: str, field: str) -> list[int]:
         return [group.total_byte_size for group in groups]
 
 
-def read_rows(path: str, field: str, groups: range) -> Iterator[tuple[int, bytes | memoryview | None, float]]:
+def read_rows(path: str, field: str, groups: range) -> Iterator[Row]:
     """Read one column of some row groups, a few hundred rows or some megabytes at a time.
 
     Args:
         path: the file.
         field: name of the column.
         groups: which row groups.
-
-    Yields:
-        Row number counted from 1 in the file, the text's bytes (where they are few as they lie in pyarrow's
-        memory) or None for null, and the part of the row groups' rows read so far.
 
     Raises:
         UserError: damaged.
@@ -70,7 +80,8 @@ def read_rows(path: str, field: str, groups: range) -> Iterator[tuple[int, bytes
                     # The reader holds three times as much of it, and what is yielded would keep one of them.
                     cells.close()
                     cell = bytes(cell)
-                yield row, cell, done / rows
+                yield Row(row, cell, done / rows)
+                del cell
                 if is_long:
                     break
             else:

@@ -15,7 +15,10 @@ from hvdlm.data.files import publishing, read_exactly
 _SUFFIXES = (".tokens", ".lengths", ".bytes")
 _FLUSH_TOKENS, _FLUSH_DOCUMENTS = 1 << 20, 1 << 16
 GROUP_DOCUMENTS = 4 << 20
-"""Documents of a pile that are looked at together, at most: about 80 bytes each while they are shuffled."""
+"""Documents, at most, that are shuffled together and that a shard has: about 80 bytes each meanwhile.
+
+Part of format version 1: a task of more documents would come out with other bytes.
+"""
 
 
 @final

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from hvdlm.config import EXIT_CRASH, UserError
 from hvdlm.corpus.json_lines import text_of_line
-from hvdlm.corpus.lines import number_in_file, parts_of, parts_of_text, read_lines, without_mark
-from hvdlm.corpus.parquet import read_rows
+from hvdlm.corpus.lines import Line, number_in_file, parts_of, parts_of_text, read_lines, without_mark
+from hvdlm.corpus.parquet import Row, read_rows
 from hvdlm.corpus.plan import Piece
 from hvdlm.corpus.policy import BadRecordError, check_length, valid_utf8
 
@@ -83,12 +83,8 @@ def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document]:
         elif piece.kind == "text":
             yield from _parts_of_file(piece, options)
         else:
-            for record in _records(piece, options):
-                if record.text is None or options.document == "file":
-                    yield record
-                    continue
-                for part in parts_of_text(record.text, options.document, piece):
-                    yield record._replace(text=part)
+            records = _records(piece, options)
+            yield from records if options.document == "file" else _parts_of_records(records, piece, options)
         _check_unchanged(piece)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -100,23 +96,41 @@ def _whole_file(piece: Piece, options: ReadOptions) -> Document:
     return _document(partial(valid_utf8, raw, options.invalid), Document(None, piece.size_bytes))
 
 
+# What follows maps functions: a generator's variable would keep a document of 200 MB while the next is read.
+
+
 def _parts_of_file(piece: Piece, options: ReadOptions) -> Iterator[Document]:
-    for number, raw, done_bytes in parts_of(read_lines(piece), options.document, piece):
-        yield _document(partial(valid_utf8, raw, options.invalid), Document(None, done_bytes, number))
+    def document_of(part: Line) -> Document:
+        return _document(
+            partial(valid_utf8, part.raw, options.invalid), Document(None, part.done_bytes, part.number)
+        )
+
+    return map(document_of, parts_of(read_lines(piece), options.document, piece))
 
 
 def _records(piece: Piece, options: ReadOptions) -> Iterator[Document]:
+    def document_of_row(row: Row) -> Document:
+        at = Document(None, int(row.done * piece.size_bytes), row.number)
+        return _document(partial(_text_of_cell, row.cell, options), at)
+
+    def document_of(line: Line) -> Document:
+        at = Document(None, line.done_bytes, line.number)
+        return _document(partial(text_of_line, line.raw, options.field, options.invalid), at)
+
     if piece.kind == "parquet":
-        for row, cell, part in read_rows(piece.path, options.field, range(piece.start, piece.end)):
-            done_bytes = int(part * piece.size_bytes)
-            yield _document(partial(_text_of_cell, cell, options), Document(None, done_bytes, row))
-        return
-    for number, raw, done_bytes in read_lines(piece):
-        if not raw.isspace():
-            text_of = partial(text_of_line, raw, options.field, options.invalid)
-            document = _document(text_of, Document(None, done_bytes, number))
-            del raw, text_of  # Of a line of 200 MB this is as much again while its text is encoded.
-            yield document
+        return map(document_of_row, read_rows(piece.path, options.field, range(piece.start, piece.end)))
+    return map(document_of, filter(lambda line: not line.raw.isspace(), read_lines(piece)))
+
+
+def _parts_of_records(records: Iterator[Document], piece: Piece, options: ReadOptions) -> Iterator[Document]:
+    for record in records:
+        if record.text is None:
+            yield record
+        else:
+            for part in parts_of_text(record.text, options.document, piece):
+                yield record._replace(text=part)
+                del part
+        del record
 
 
 def _document(text_of: Callable[[], bytes | None], at: Document) -> Document:

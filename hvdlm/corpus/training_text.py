@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hvdlm.corpus.dedup import duplicate_flags
-from hvdlm.corpus.documents import Kept, Rejects, kept_documents, split_of
+from hvdlm.corpus.dedup import unique_documents
+from hvdlm.corpus.documents import Rejects, split_of
 from hvdlm.corpus.job import Job, Report, Tally
 from hvdlm.text.distinct import DISTINCT_BYTES, until_full
 from hvdlm.text.fast import SAMPLE_CHARS
@@ -36,22 +36,16 @@ def _pieces(job: Job, tasks: int, share: int, report: Report) -> Iterator[str]:
         task, left, told = job.task(index), share, 0
         if task.split == "val":
             continue
-        for text, done_bytes in unique_documents(job, index):
+        for text, done_bytes in unique_documents(task, job, Rejects(job.keep.max_errors)):
             report(Tally(done_bytes - told))
             told = done_bytes
             if split_of(task, text, job.val_fraction) == "train":
                 for piece in cut_utf8(text):
                     left -= len(piece.encode())
                     yield piece
+            del text
             if left <= 0:
                 break
-
-
-def unique_documents(job: Job, index: int) -> Iterator[Kept]:
-    """The kept documents of a task without duplicates."""
-    documents = kept_documents(job.task(index), job, Rejects(job.keep.max_errors))
-    flags = duplicate_flags(index, job)
-    return (document for document, is_duplicate in zip(documents, flags, strict=False) if not is_duplicate)
 
 
 def share_bytes(tasks: int, total_bytes: int) -> int:
@@ -69,9 +63,10 @@ def sample_texts(job: Job, tasks: int) -> list[str]:
     share, texts = SAMPLE_CHARS // len(chosen), list[str]()
     for index in chosen:
         left = share
-        for text, _ in unique_documents(job, index):
+        for text, _ in unique_documents(job.task(index), job, Rejects(job.keep.max_errors)):
             texts.append(next(cut_utf8(text))[:left])
             left -= len(texts[-1])
+            del text
             if left <= 0:
                 break
     return texts

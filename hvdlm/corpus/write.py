@@ -7,12 +7,9 @@ from typing import final
 
 import numpy as np
 
-from hvdlm.corpus.piles import Pile
+from hvdlm.corpus.piles import GROUP_DOCUMENTS, Pile
 from hvdlm.data.entries import ShardEntry, TokenizerInfo
 from hvdlm.data.shards import write_shard
-
-SHARD_DOCUMENTS = 4 << 20
-"""Documents a shard at most, however short: 32 bytes each while it is written."""
 
 
 @final
@@ -50,7 +47,7 @@ class ShardWriter:
         while first < len(order):
             room = len(self._tokens) - self._used
             stop = int(np.searchsorted(ends, done + room, side="right"))
-            stop = min(stop, first + SHARD_DOCUMENTS - self._documents)
+            stop = min(stop, first + GROUP_DOCUMENTS - self._documents)
             if stop == first:
                 self.flush()
                 continue

@@ -159,6 +159,16 @@ def test_a_long_line_is_read_as_any_other(line: str, invalid: str, monkeypatch: 
     assert len(problems) == ("bad" in results)
 
 
+@pytest.mark.parametrize("name", ["_VALUE", "_KEY", "_ITEMS", "_MEMBERS", "_ESCAPES"])
+def test_what_is_repeated_is_atomic(name: str) -> None:
+    """Up to Python 3.11.4 a possessive repeat of any other group does not mean what it should."""
+    pattern = getattr(json_lines, name).pattern
+    text = pattern if isinstance(pattern, str) else pattern.decode()
+    assert re.search(r"\)[*+?]\+", text)
+    assert not re.search(r"(?<!\))\)[*+?]\+", text)
+    assert text.count("(?:(?>") == len(re.findall(r"\)[*+?]\+", text))
+
+
 @pytest.mark.parametrize("part_bytes", range(4, 30))
 def test_no_escape_is_cut(part_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_lines, "LONG_LINE_BYTES", 0)
@@ -176,6 +186,8 @@ def test_names_of_fields_are_shown_but_not_all(tmp_path: Path) -> None:
     with pytest.raises(BadRecordError, match=re.escape("one of: k0, k1, k2, ")) as caught:
         text_of_line(json.dumps(dict.fromkeys(keys)).encode(), "text", "error")
     assert len(str(caught.value)) < 150
+    with pytest.raises(BadRecordError, match="no field '\ufffd'; choose with --field one of: \\?, x"):
+        text_of_line(b'{"\\ud800":"a","x":NaN}', "\ufffd", "replace")
     assert text_of_line(json.dumps({"z" * 100_000: "x"}).encode(), "z" * 100_000, "error") == b"x"
 
 

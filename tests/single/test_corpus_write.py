@@ -137,7 +137,7 @@ def test_groups_of_a_pile_are_the_pile(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_shard_has_only_so_many_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "SHARD_DOCUMENTS", 3)
+    monkeypatch.setattr(write, "GROUP_DOCUMENTS", 3)
     kept = pile(tmp_path / "a", [1, 2, 3, 4, 5, 6, 7])
     found = shards(tmp_path, [(kept, np.arange(2)), (kept, np.arange(2, 7))], 20)
     assert [[len(d) - 1 for d in shard] for shard in found] == [[1, 2, 3], [4, 5, 6], [7]]
