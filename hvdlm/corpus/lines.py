@@ -9,6 +9,7 @@ from contextlib import closing
 from functools import partial
 from io import BytesIO
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -101,22 +102,22 @@ def _paragraphs(lines: Iterable[Line], piece: Piece) -> Iterator[Line]:
                 raise _too_long(piece, first)
         elif group.tell():
             yield _without_end(Line(first, _take(group, b""), done_bytes))
+        del raw
     if group.tell():
         yield _without_end(Line(first, _take(group, b""), done_bytes))
 
 
 def parts_of_text(text: bytes, document: str, piece: Piece) -> Iterator[bytes]:
     """Cut one text in the same way."""
-    lines = (Line(number, raw, 0) for number, raw in enumerate(_split(text), 1))
-    return (part.raw for part in parts_of(lines, document, piece))
+    return map(attrgetter("raw"), parts_of(_split(text), document, piece))
 
 
-def _split(raw: bytes) -> Iterator[bytes]:
-    start = 0
-    while end := raw.find(b"\n", start) + 1:
-        yield raw[start:end]
-        start = end
-    yield raw[start:]
+def _split(text: bytes) -> Iterator[Line]:
+    number, start = 1, 0
+    while end := text.find(b"\n", start) + 1:
+        yield Line(number, text[start:end], 0)
+        number, start = number + 1, end
+    yield Line(number, text[start:], 0)
 
 
 def number_in_file(piece: Piece, number: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hvdlm.corpus import dedup, encode, lines, training_text
-from hvdlm.corpus.documents import Rejects
+from hvdlm.corpus.documents import Rejects, kept_documents
 from hvdlm.corpus.job import Job, Keep
 from hvdlm.corpus.plan import Piece, Task
 from hvdlm.corpus.readers import ReadOptions
@@ -49,6 +49,23 @@ def test_a_document_is_gone_before_the_next_is_read(
     job.write_plan([Task(0, "train", (Piece(str(path), kind, 0, size, size),))])
     # A line twice while it becomes a text, of another size at first, and some megabytes of pieces.
     assert 32 < peak_mib(lambda: use(job)) < 46
+
+
+@pytest.mark.parametrize("document", ["line", "paragraph"])
+def test_a_part_of_a_text_is_there_once(document: str, tmp_path: Path) -> None:
+    path, text = tmp_path / "a.jsonl", b"some words " * (16 * MIB // 11)
+    path.write_bytes((b'{"text":"short\\n\\n' + text + b'\\n"}\n') * 2)
+    size = path.stat().st_size
+    job = Job(tmp_path, read=ReadOptions(document=document), keep=Keep())
+    task = Task(0, "train", (Piece(str(path), "jsonl", 0, size, size),))
+    held = []
+    tracemalloc.start()
+    for document_of_it in kept_documents(task, job, Rejects(0)):
+        held.append(tracemalloc.get_traced_memory()[0] / MIB)
+        del document_of_it
+    tracemalloc.stop()
+    assert len(held) == 4
+    assert 32 < max(held) < 40  # The whole text and the part.
 
 
 def test_a_paragraph_of_a_million_lines_is_no_list() -> None:
