@@ -134,9 +134,9 @@ class Team:
             resource_tracker.ensure_running()
         with _blocked():
             process.start()
+            self._workers.append(_Worker(process, ours))
         # Else this end stays open here, and the death of the worker goes unnoticed.
         theirs.close()
-        self._workers.append(_Worker(process, ours))
         return self._workers[-1]
 
     def _hear(self, worker: _Worker, stage: str) -> None:
@@ -168,12 +168,21 @@ def _death(worker: _Worker) -> UserError:
 
 @contextlib.contextmanager
 def _blocked() -> Iterator[None]:
-    """Signals wait, here and in a process that is started here, which inherits the mask."""
+    """Signals wait, here and in a process that is started here, which inherits the mask.
+
+    An interrupt that the system gave to another thread waits as well: Python would raise it in this one,
+    in the middle of a start, and the worker would find half of what it is to do.
+    """
+    interrupts: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_PARENT)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        if interrupts and callable(handler):
+            handler(signal.SIGINT, None)
 
 
 @contextlib.contextmanager

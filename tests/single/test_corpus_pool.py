@@ -1,5 +1,6 @@
 import errno
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from hvdlm.corpus.crew import Crew, alone
 from hvdlm.corpus.encode import encode_task
 from hvdlm.corpus.job import TOKENIZER_NAME, Job, Tally
 from hvdlm.corpus.plan import Piece, Task
-from hvdlm.corpus.pool import Team
+from hvdlm.corpus.pool import Team, _blocked
 from hvdlm.corpus.work import GoneError, PeerError, StoppedError, Work
 from hvdlm.text import TOKENIZERS
 from hvdlm.text.tokenizer import from_library
@@ -176,3 +177,20 @@ def test_whoever_waits_when_the_folder_goes_knows_that_it_is_over(job: Job) -> N
         team.run("encode", encode_task, count)
     timer.join()
     assert not job.folder.exists()
+
+
+def test_an_interrupt_waits_until_a_worker_is_started_whichever_thread_was_given_it() -> None:
+    end, started = threading.Event(), False
+    other = threading.Thread(target=end.wait)
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt), _blocked():
+            signal.pthread_kill(other.ident or 0, signal.SIGINT)
+            time.sleep(0.2)
+            started = True
+    finally:
+        end.set()
+        other.join()
+    assert started
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
