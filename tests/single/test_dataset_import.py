@@ -175,12 +175,13 @@ def test_memory_does_not_grow_with_the_shards(tmp_path: Path, tokenizer: Path) -
         path, out = tmp_path / f"{number}.bin", tmp_path / f"out{number}"
         ids.tofile(path)
         arguments = ["import", str(path), "--format", "nanogpt", "--tokenizer", str(tokenizer)]
-        done = helpers.run([sys.executable, "-c", PEAK, *arguments, "--out", str(out)])
+        # Else glibc keeps what was freed, up to 20 MiB in one run, none in the next. Source: mallopt(3).
+        env = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = helpers.run([sys.executable, "-c", PEAK, *arguments, "--out", str(out)], env=env)
         assert done.returncode == 0, done.stdout
         peaks_mib.append(int(done.stdout.split()[-1]) / 1024)
         assert len(read_manifest(out).split("train")) == 1
-    # Of equal runs one takes 16 MiB more than another: what was freed is not always given back.
-    assert peaks_mib[1] < peaks_mib[0] + 32, peaks_mib
+    assert peaks_mib[1] < peaks_mib[0] + 16, peaks_mib
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, tokenizer: Path) -> None:
