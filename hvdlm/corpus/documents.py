@@ -98,7 +98,7 @@ def kept_documents(task: Task, job: Job, rejects: Rejects) -> Iterator[Kept]:
     keep, before = job.keep, 0
     counted = keep.min_chars > 0 or keep.max_chars > 0
     for piece in task.pieces:
-        for document in read_documents(piece, job.read):
+        for document in read_documents(piece, job.read, job.folder):
             text = document.text
             chars = _chars(text) if text and counted else 0
             if document.problem:

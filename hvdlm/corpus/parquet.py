@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hvdlm.config import UserError
+from hvdlm.corpus.parquet_headers import HUGE_BYTES, obstacle, pages_of
+from hvdlm.corpus.parquet_pages import read_cells
 
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 8 << 20
-_BUFFER_BYTES, _LONG_BYTES = 4 << 20, 32 << 20
+_BUFFER_BYTES = 4 << 20
 
 
 class Row(NamedTuple):
@@ -41,7 +44,8 @@ def row_group_bytes(path: str, field: str) -> list[int]:
         Uncompressed bytes of each row group.
 
     Raises:
-        UserError: not a Parquet file, or without a column of strings of that name.
+        UserError: not a Parquet file, without a column of strings of that name, or with one whose pages
+            cannot be read in bounded memory.
     """
     with _open(path) as file, _reading(path):
         _check_column(path, file.schema_arrow, field)
@@ -50,60 +54,89 @@ def row_group_bytes(path: str, field: str) -> list[int]:
         rows = sum(group.num_rows for group in groups)
         if rows != metadata.num_rows:
             raise _damaged(path, ValueError(f"{metadata.num_rows} rows, its row groups have {rows}"))
+        for group in groups:
+            # A dictionary and the first texts: a writer makes the others alike. Reading looks at them all.
+            _has_huge_pages(path, _column_of(path, group, field), first=2)
         return [group.total_byte_size for group in groups]
 
 
-def read_rows(path: str, field: str, groups: range) -> Iterator[Row]:
-    """Read one column of some row groups, a few hundred rows or some megabytes at a time.
+def read_rows(path: str, field: str, groups: range, scratch: Path) -> Iterator[Row]:
+    """Read one column of some row groups in bounded memory.
 
     Args:
         path: the file.
         field: name of the column.
         groups: which row groups.
+        scratch: folder for what does not fit in memory; nothing is left there.
 
     Raises:
-        UserError: damaged.
+        UserError: damaged, with pages that cannot be read in bounded memory, or a full disk.
     """
     with _open(path) as file:
-        metadata = file.metadata
+        metadata, schema = file.metadata, file.schema
     counts = [metadata.row_group(i).num_rows for i in range(groups.stop)]
     row, rows, done = sum(counts[: groups.start]), sum(counts[groups.start :]), 0
+    optional = any(c.max_definition_level for c in map(schema.column, range(len(schema))) if c.path == field)
     for group in groups:
-        read = 0
-        while read < counts[group]:
-            cells = _cells_of(path, field, group, skip=read, metadata=metadata)
-            cell: bytes | memoryview | None
+        column, last = _column_of(path, metadata.row_group(group), field), row + counts[group]
+        cells: Iterator[bytes | memoryview | None]
+        if _has_huge_pages(path, column):
+            cells = read_cells(path, column, optional=optional, scratch=scratch)
+        else:
+            cells = _batches(path, field, group, metadata)
+        with _reading(path):
             for cell in cells:
-                row, done, read = row + 1, done + 1, read + 1
-                is_long = cell is not None and len(cell) >= _LONG_BYTES
-                if cell is not None and is_long:
-                    # The reader holds three times as much of it, and what is yielded would keep one of them.
-                    cells.close()
-                    cell = bytes(cell)
+                row, done = row + 1, done + 1
                 yield Row(row, cell, done / rows)
                 del cell
-                if is_long:
-                    break
-            else:
-                if read < counts[group]:
-                    raise _damaged(path, ValueError(f"row group {group} has {read} of {counts[group]} rows"))
+        if row != last:
+            found = row - last + counts[group]
+            raise _damaged(path, ValueError(f"row group {group} has {found} of {counts[group]} rows"))
 
 
-def _cells_of(
-    path: str, field: str, group: int, *, skip: int, metadata: Any
-) -> Generator[memoryview | None, None, None]:
-    """The cells of one column of a row group from the one after `skip` on."""
+def _batches(path: str, field: str, group: int, metadata: Any) -> Iterator[memoryview | None]:
+    """The cells of one column of a row group, by pyarrow: a few hundred rows or some megabytes at a time."""
     import pyarrow as pa
 
-    with _open(path, metadata) as file, _reading(path):
-        at_once = _rows_at_once(metadata, field, group)
+    with _open(path, metadata) as file:
+        rows, column = metadata.row_group(group).num_rows, _column_of(path, metadata.row_group(group), field)
+        at_once = _rows_at_once(rows, column.total_uncompressed_size)
         for batch in file.iter_batches(at_once, [group], [field], use_threads=False):
-            column = batch.column(0)[skip:]
-            skip = max(0, skip - batch.num_rows)
+            column = batch.column(0)
             if pa.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
             # As bytes: a text that is not UTF-8 is for the caller's policy, not an exception here.
             yield from _cells(column.cast(pa.large_binary()))
+
+
+def _column_of(path: str, group: Any, field: str) -> Any:
+    """What a row group says of a column."""
+    for column in map(group.column, range(group.num_columns)):
+        if column.path_in_schema == field:
+            return column
+    raise _damaged(path, ValueError(f"a row group without the column {field!r}"))
+
+
+def _has_huge_pages(path: str, column: Any, first: int | None = None) -> bool:
+    """Whether one of a column's pages, or of the first few, is huge.
+
+    Raises:
+        UserError: it cannot be read in bounded memory.
+    """
+    if max(column.total_uncompressed_size, column.total_compressed_size) <= HUGE_BYTES:
+        return False
+    with _reading(path), Path(path).open("rb") as file:
+        pages = [*islice(pages_of(file, column), first)]
+    if not any(page.is_huge for page in pages):
+        return False
+    for page in pages:
+        if reason := obstacle(page, column.compression):
+            rows = max(1, page.values * HUGE_BYTES // max(page.unpacked_bytes, 1))
+            raise UserError(
+                f"{path}: a page of column {column.path_in_schema!r} is {reason}; write the file again with "
+                f"small pages, by pyarrow: write_table(read_table(FILE), NEW_FILE, row_group_size={rows})"
+            )
+    return True
 
 
 def _cells(column: Any) -> Iterator[memoryview | None]:
@@ -115,12 +148,9 @@ def _cells(column: Any) -> Iterator[memoryview | None]:
         yield content[first:end] if valid else None
 
 
-def _rows_at_once(metadata: Any, field: str, group: int) -> int:
+def _rows_at_once(rows: int, size_bytes: int) -> int:
     """Rows of which a batch has some megabytes, by their mean in the row group."""
-    own = metadata.row_group(group)
-    columns = (own.column(i) for i in range(own.num_columns))
-    size_bytes = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == field)
-    return int(max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE * own.num_rows // max(size_bytes, 1))))
+    return max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE * rows // max(size_bytes, 1)))
 
 
 def _open(path: str, metadata: Any = None) -> Any:
@@ -132,7 +162,13 @@ def _open(path: str, metadata: Any = None) -> Any:
         raise UserError(f"{path}: reading .parquet needs pyarrow; run: pip install pyarrow") from None
     with _reading(path):
         # By default the compressed column of a whole row group is read at once.
-        return pq.ParquetFile(path, metadata=metadata, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        return pq.ParquetFile(
+            path,
+            metadata=metadata,
+            buffer_size=_BUFFER_BYTES,
+            pre_buffer=False,
+            page_checksum_verification=True,
+        )
 
 
 @contextmanager
@@ -142,7 +178,7 @@ def _reading(path: str) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(path, error) from None
 
 

@@ -66,12 +66,13 @@ def place_of(piece: Piece, document: Document, *, exact: bool = False) -> str:
     return f"line {document.number}{f' after byte {piece.start}' if piece.start else ''}"
 
 
-def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document]:
+def read_documents(piece: Piece, options: ReadOptions, scratch: Path) -> Iterator[Document]:
     """Read the documents of a piece in order, empty ones and bad records included.
 
     Args:
         piece: from the plan.
         options: how.
+        scratch: folder for what does not fit in memory; nothing is left there.
 
     Raises:
         UserError: the file cannot be read, is damaged, or was changed since the plan was made.
@@ -83,7 +84,7 @@ def read_documents(piece: Piece, options: ReadOptions) -> Iterator[Document]:
         elif piece.kind == "text":
             yield from _parts_of_file(piece, options)
         else:
-            records = _records(piece, options)
+            records = _records(piece, options, scratch)
             yield from records if options.document == "file" else _parts_of_records(records, piece, options)
         _check_unchanged(piece)
     except OSError as error:
@@ -108,7 +109,7 @@ def _parts_of_file(piece: Piece, options: ReadOptions) -> Iterator[Document]:
     return map(document_of, parts_of(read_lines(piece), options.document, piece))
 
 
-def _records(piece: Piece, options: ReadOptions) -> Iterator[Document]:
+def _records(piece: Piece, options: ReadOptions, scratch: Path) -> Iterator[Document]:
     def document_of_row(row: Row) -> Document:
         at = Document(None, int(row.done * piece.size_bytes), row.number)
         return _document(partial(_text_of_cell, row.cell, options), at)
@@ -118,7 +119,8 @@ def _records(piece: Piece, options: ReadOptions) -> Iterator[Document]:
         return _document(partial(text_of_line, line.raw, options.field, options.invalid), at)
 
     if piece.kind == "parquet":
-        return map(document_of_row, read_rows(piece.path, options.field, range(piece.start, piece.end)))
+        rows = read_rows(piece.path, options.field, range(piece.start, piece.end), scratch)
+        return map(document_of_row, rows)
     return map(document_of, filter(lambda line: not line.raw.isspace(), read_lines(piece)))
 
 

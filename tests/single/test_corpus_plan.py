@@ -19,7 +19,8 @@ def tasks_of(folder: Path, document: str = "file", seed: int = 0) -> list[Task]:
 def texts(tasks: list[Task], document: str) -> list[str]:
     read = ReadOptions(document=document)
     pieces = sorted((p for task in tasks for p in task.pieces), key=lambda piece: (piece.path, piece.start))
-    return [(d.text or b"").decode() for piece in pieces for d in read_documents(piece, read)]
+    documents = (d for piece in pieces for d in read_documents(piece, read, Path(piece.path).parent))
+    return [(document.text or b"").decode() for document in documents]
 
 
 @pytest.mark.parametrize("task_bytes", [1, 2, 3, 5, 16, 50, 1000])

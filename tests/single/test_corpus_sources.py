@@ -118,7 +118,7 @@ def test_a_folder_that_cannot_be_read_is_named(nobody: None) -> None:
                 find_inputs([name])
             piece = Piece(str(folder / "a.txt"), "text", 0, 3, 3)
             with pytest.raises(UserError, match=r"a\.txt: cannot be read: Permission denied"):
-                list(read_documents(piece, ReadOptions()))
+                list(read_documents(piece, ReadOptions(), folder))
         finally:
             (folder / "closed").chmod(0o700)
 

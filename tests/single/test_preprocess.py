@@ -226,6 +226,18 @@ def test_a_line_of_50_mb_in_bounded_memory(tmp_path: Path) -> None:
         assert bytes(file["tokens"][:100].astype(np.uint8)) == text.encode()[:100]
 
 
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_a_huge_page_of_parquet_in_bounded_memory(dictionary: bool, tmp_path: Path) -> None:
+    """pyarrow would hold it two to four times."""
+    texts = ["abcdefghi " * 6_000_000, "jklmnopqr " * 6_000_000, "stuvwxyz. " * 6_000_000]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", use_dictionary=dictionary)
+    (tmp_path / "val.txt").write_text("short")
+    inputs = [str(tmp_path / "a.parquet"), "--val", str(tmp_path / "val.txt")]
+    out = tmp_path / "out"
+    assert peak_mib(*inputs, "--out", str(out), "--tokenizer", "byte", "--workers", "1") < 350
+    assert read_manifest(out).text_bytes("train") == 180_000_000
+
+
 @pytest.mark.parametrize("last", ["[]", "NaN", '"\\ud800"'])
 def test_a_line_of_structure_in_bounded_memory(last: str, tmp_path: Path) -> None:
     """As Python's objects its lists would take two gigabytes, also where no strict parser reads it."""
