@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hvdlm.config import UserError
-from hvdlm.corpus.parquet_headers import HUGE_BYTES, obstacle, pages_of
+from hvdlm.corpus.parquet_headers import HUGE_BYTES, UNUSUAL_BYTES, obstacle, pages_of
 from hvdlm.corpus.parquet_pages import read_cells
 
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 8 << 20
@@ -118,7 +118,7 @@ def _column_of(path: str, group: Any, field: str) -> Any:
 
 
 def _has_huge_pages(path: str, column: Any, first: int | None = None) -> bool:
-    """Whether one of a column's pages, or of the first few, is huge.
+    """Whether one of a column's pages, or of the first few, is huge, and not left to pyarrow all the same.
 
     Raises:
         UserError: it cannot be read in bounded memory.
@@ -129,8 +129,11 @@ def _has_huge_pages(path: str, column: Any, first: int | None = None) -> bool:
         pages = [*islice(pages_of(file, column), first)]
     if not any(page.is_huge for page in pages):
         return False
+    largest_bytes = max(page.size_bytes for page in pages)
     for page in pages:
         if reason := obstacle(page, column.compression):
+            if largest_bytes <= UNUSUAL_BYTES:
+                return False
             rows = max(1, page.values * HUGE_BYTES // max(page.unpacked_bytes, 1))
             raise UserError(
                 f"{path}: a page of column {column.path_in_schema!r} is {reason}; write the file again with "

@@ -18,6 +18,8 @@ CODECS = (UNCOMPRESSED, SNAPPY, "GZIP", "BROTLI", "ZSTD")
 """How a huge page may be compressed, in pyarrow's words."""
 HUGE_BYTES = 32 << 20
 """Of a page, compressed or not: more is huge."""
+UNUSUAL_BYTES = 96 << 20
+"""Of a page that only pyarrow can read: it takes some five times as much memory."""
 MAX_HELD_BYTES = 720 << 20
 """Of a huge page in memory; the rest of the process has 90 MiB, 220 once it has trained a tokenizer."""
 MAX_DICTIONARY_TEXTS = 16 << 20
@@ -53,9 +55,14 @@ class Page(NamedTuple):
     is_usual: bool
 
     @property
+    def size_bytes(self) -> int:
+        """Of its content, compressed or not."""
+        return max(self.packed_bytes, self.unpacked_bytes)
+
+    @property
     def is_huge(self) -> bool:
         """Whether pyarrow shall not read it."""
-        return max(self.packed_bytes, self.unpacked_bytes) > HUGE_BYTES
+        return self.size_bytes > HUGE_BYTES
 
 
 def pages_of(file: BinaryIO, chunk: Any) -> Iterator[Page]:

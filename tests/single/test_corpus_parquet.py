@@ -26,6 +26,7 @@ def huge_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def set_huge(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(parquet_headers, "HUGE_BYTES", size)
     monkeypatch.setattr(parquet, "HUGE_BYTES", size)
+    monkeypatch.setattr(parquet, "UNUSUAL_BYTES", 2 * size)
 
 
 def rows_of(path: Path, first: int = 0) -> list[tuple[int, str | None]]:
@@ -145,6 +146,8 @@ def test_huge_pages_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch,
     encoding = {"text": "DELTA_BYTE_ARRAY"}
     pq.write_table(pa.table({"text": rows}), path, use_dictionary=False, column_encoding=encoding)
     assert refusal(path).startswith("a page of column 'text' is encoded in an unusual way")
+    pq.write_table(pa.table({"text": rows[:7]}), path, use_dictionary=False, column_encoding=encoding)
+    assert [text for _, text in rows_of(path)] == rows[:7]
     monkeypatch.setattr(parquet_headers, "MAX_DICTIONARY_TEXTS", 7)
     pq.write_table(pa.table({"text": rows}), path, compression="none")
     monkeypatch.setattr(parquet_headers, "MAX_HELD_BYTES", 30 << 20)
