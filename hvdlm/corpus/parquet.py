@@ -13,7 +13,7 @@ import numpy as np
 
 from hvdlm.config import UserError
 from hvdlm.corpus.parquet_headers import HUGE_BYTES, UNUSUAL_BYTES, obstacle, pages_of
-from hvdlm.corpus.parquet_pages import read_cells
+from hvdlm.corpus.parquet_pages import TooLong, read_cells
 
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 256, 8 << 20
 _BUFFER_BYTES = 4 << 20
@@ -29,7 +29,7 @@ class Row(NamedTuple):
     """
 
     number: int
-    cell: bytes | memoryview | None
+    cell: bytes | memoryview | TooLong | None
     done: float
 
 
@@ -54,36 +54,39 @@ def row_group_bytes(path: str, field: str) -> list[int]:
         rows = sum(group.num_rows for group in groups)
         if rows != metadata.num_rows:
             raise _damaged(path, ValueError(f"{metadata.num_rows} rows, its row groups have {rows}"))
+        index, optional = _place_of(path, file.schema, field)
         for group in groups:
             # A dictionary and the first texts: a writer makes the others alike. Reading looks at them all.
-            _has_huge_pages(path, _column_of(path, group, field), first=2)
+            _has_huge_pages(path, _column(path, group, index), optional=optional, first=2)
         return [group.total_byte_size for group in groups]
 
 
-def read_rows(path: str, field: str, groups: range, scratch: Path) -> Iterator[Row]:
+def read_rows(path: str, field: str, groups: range, *, longest_bytes: int, scratch: Path) -> Iterator[Row]:
     """Read one column of some row groups in bounded memory.
 
     Args:
         path: the file.
         field: name of the column.
         groups: which row groups.
+        longest_bytes: of a text; of longer ones the length may be all that is read.
         scratch: folder for what does not fit in memory; nothing is left there.
 
     Raises:
         UserError: damaged, with pages that cannot be read in bounded memory, or a full disk.
     """
-    with _open(path) as file:
-        metadata, schema = file.metadata, file.schema
+    with _open(path) as file, _reading(path):
+        metadata = file.metadata
+        index, optional = _place_of(path, file.schema, field)
     counts = [metadata.row_group(i).num_rows for i in range(groups.stop)]
     row, rows, done = sum(counts[: groups.start]), sum(counts[groups.start :]), 0
-    optional = any(c.max_definition_level for c in map(schema.column, range(len(schema))) if c.path == field)
     for group in groups:
-        column, last = _column_of(path, metadata.row_group(group), field), row + counts[group]
-        cells: Iterator[bytes | memoryview | None]
-        if _has_huge_pages(path, column):
-            cells = read_cells(path, column, optional=optional, scratch=scratch)
+        column, last = _column(path, metadata.row_group(group), index), row + counts[group]
+        cells: Iterator[bytes | memoryview | TooLong | None]
+        if _has_huge_pages(path, column, optional=optional):
+            cells = read_cells(path, column, optional=optional, longest_bytes=longest_bytes, scratch=scratch)
         else:
-            cells = _batches(path, field, group, metadata)
+            at_once = _rows_at_once(counts[group], column.total_uncompressed_size)
+            cells = _batches(path, field, group, metadata, at_once)
         with _reading(path):
             for cell in cells:
                 row, done = row + 1, done + 1
@@ -94,13 +97,11 @@ def read_rows(path: str, field: str, groups: range, scratch: Path) -> Iterator[R
             raise _damaged(path, ValueError(f"row group {group} has {found} of {counts[group]} rows"))
 
 
-def _batches(path: str, field: str, group: int, metadata: Any) -> Iterator[memoryview | None]:
-    """The cells of one column of a row group, by pyarrow: a few hundred rows or some megabytes at a time."""
+def _batches(path: str, field: str, group: int, metadata: Any, at_once: int) -> Iterator[memoryview | None]:
+    """The cells of one column of a row group, by pyarrow, some rows at a time."""
     import pyarrow as pa
 
     with _open(path, metadata) as file:
-        rows, column = metadata.row_group(group).num_rows, _column_of(path, metadata.row_group(group), field)
-        at_once = _rows_at_once(rows, column.total_uncompressed_size)
         for batch in file.iter_batches(at_once, [group], [field], use_threads=False):
             column = batch.column(0)
             if pa.types.is_dictionary(column.type):
@@ -109,15 +110,23 @@ def _batches(path: str, field: str, group: int, metadata: Any) -> Iterator[memor
             yield from _cells(column.cast(pa.large_binary()))
 
 
-def _column_of(path: str, group: Any, field: str) -> Any:
-    """What a row group says of a column."""
-    for column in map(group.column, range(group.num_columns)):
-        if column.path_in_schema == field:
-            return column
-    raise _damaged(path, ValueError(f"a row group without the column {field!r}"))
+def _place_of(path: str, schema: Any, field: str) -> tuple[int, bool]:
+    """A column's place among all, and whether it may have nulls."""
+    columns = [schema.column(i) for i in range(len(schema))]
+    places = [i for i, column in enumerate(columns) if column.path == field]
+    if len(places) != 1:
+        raise UserError(f"{path}: {len(places)} columns {field!r}, needed one; rename the others")
+    return places[0], columns[places[0]].max_definition_level > 0
 
 
-def _has_huge_pages(path: str, column: Any, first: int | None = None) -> bool:
+def _column(path: str, group: Any, index: int) -> Any:
+    """What a row group says of a column. Of no other: pyarrow ends the process at one that is encrypted."""
+    if index >= group.num_columns:
+        raise _damaged(path, ValueError(f"a row group of {group.num_columns} columns"))
+    return group.column(index)
+
+
+def _has_huge_pages(path: str, column: Any, *, optional: bool, first: int | None = None) -> bool:
     """Whether one of a column's pages, or of the first few, is huge, and not left to pyarrow all the same.
 
     Raises:
@@ -129,17 +138,16 @@ def _has_huge_pages(path: str, column: Any, first: int | None = None) -> bool:
         pages = [*islice(pages_of(file, column), first)]
     if not any(page.is_huge for page in pages):
         return False
-    largest_bytes = max(page.size_bytes for page in pages)
-    for page in pages:
-        if reason := obstacle(page, column.compression):
-            if largest_bytes <= UNUSUAL_BYTES:
-                return False
-            rows = max(1, page.values * HUGE_BYTES // max(page.unpacked_bytes, 1))
-            raise UserError(
-                f"{path}: a page of column {column.path_in_schema!r} is {reason}; write the file again with "
-                f"small pages, by pyarrow: write_table(read_table(FILE), NEW_FILE, row_group_size={rows})"
-            )
-    return True
+    largest = max(pages, key=lambda page: page.size_bytes)
+    reasons = (obstacle(page, column.compression, optional=optional) for page in pages)
+    reason = next(filter(None, reasons), "")
+    if reason and largest.size_bytes > UNUSUAL_BYTES:
+        rows = max(1, largest.values * HUGE_BYTES // largest.size_bytes)
+        raise UserError(
+            f"{path}: a page of column {column.path_in_schema!r} is {reason}; write the file again with "
+            f"small pages, by pyarrow: write_table(read_table(FILE), NEW_FILE, row_group_size={rows})"
+        )
+    return not reason
 
 
 def _cells(column: Any) -> Iterator[memoryview | None]:

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from itertools import repeat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -32,34 +32,48 @@ from hvdlm.data.files import unwritable
 
 _BLOCK_BYTES = 1 << 20
 _GROUPS_AT_ONCE = 1 << 12
+_MAX_LEVEL_BYTES = 64 << 20
 
 
-def read_cells(path: str, chunk: Any, *, optional: bool, scratch: Path) -> Iterator[bytes | None]:
+class TooLong(NamedTuple):
+    """A text that is longer than a document can be, and was passed over: its bytes."""
+
+    size_bytes: int
+
+
+def read_cells(
+    path: str, chunk: Any, *, optional: bool, longest_bytes: int, scratch: Path
+) -> Iterator[bytes | TooLong | None]:
     """The cells of a column in a row group, in order; None for null.
 
     Args:
         path: the file.
         chunk: pyarrow's metadata of the column there; no page of it has an `obstacle`.
         optional: whether there may be nulls.
+        longest_bytes: of a text.
         scratch: folder for unpacked pages. They have no names, so nothing is left there.
 
     Raises:
         OSError, ValueError: the file cannot be read, or is damaged.
         UserError: the disk of `scratch` is full.
     """
-    dictionary: BinaryIO = BytesIO()
+    dictionary: BinaryIO | None = None
     ends = np.zeros(0, np.int64)
     with Path(path).open("rb") as file, ExitStack() as stack:
         for page in pages_of(file, chunk):
             content = _unpacked(file, page, chunk.compression, scratch)
             if page.kind == DICTIONARY:
-                dictionary = stack.enter_context(content)
-                ends = np.fromiter(_ends(content), np.int64, page.values)
+                stack.enter_context(content)
+                if dictionary:
+                    raise ValueError("two dictionaries")
+                dictionary, ends = content, _ends(content, page)
                 continue
             with content:
                 valid = _valid(content, page, optional=optional)
-                indexed = page.uses_dictionary
-                texts = _found(_places(content), dictionary, ends) if indexed else _in_turn(content)
+                if page.uses_dictionary and dictionary:
+                    texts = _found(content, dictionary, ends, longest_bytes)
+                else:
+                    texts = _in_turn(content, longest_bytes)
                 for _ in range(page.values):
                     yield next(texts) if next(valid) else None
 
@@ -105,6 +119,9 @@ def _blocks(file: BinaryIO, page: Page, codec: str) -> Iterator[bytes | memoryvi
         raise ValueError("a page differs from its checksum")
     if codec == UNCOMPRESSED or not page.is_compressed:
         yield packed
+    elif left == 0:
+        # Nulls alone: some writers of Java compress nothing to nothing, which no codec unpacks.
+        return
     elif codec == SNAPPY:
         # Otherwise pyarrow fills up with zeros.
         if varint(BytesIO(packed)) != left:
@@ -119,46 +136,50 @@ def _blocks(file: BinaryIO, page: Page, codec: str) -> Iterator[bytes | memoryvi
 
 def _valid(content: BinaryIO, page: Page, *, optional: bool) -> Iterator[int]:
     """1 for each value of a page that is a text, 0 for null."""
-    if page.level_bytes is not None:
-        levels = content.read(page.level_bytes)
-    elif optional:
-        levels = content.read(int.from_bytes(content.read(4), "little"))
-    return _hybrid(BytesIO(levels), 1) if optional else repeat(1)
+    size = page.level_bytes
+    if size is None:
+        size = int.from_bytes(_exactly(content, 4), "little") if optional else 0
+    if size > _MAX_LEVEL_BYTES:
+        raise ValueError(f"a page whose nulls take {size} bytes")
+    levels = BytesIO(_exactly(content, size))
+    return _hybrid(levels, 1) if optional else repeat(1)
 
 
-def _places(content: BinaryIO) -> Iterator[int]:
-    """The places in the dictionary that a page has instead of texts."""
-    width = (content.read(1) or b"\xff")[0]
+def _in_turn(content: BinaryIO, longest_bytes: int) -> Iterator[bytes | TooLong]:
+    while True:
+        yield _text(content, longest_bytes)
+
+
+def _found(
+    content: BinaryIO, dictionary: BinaryIO, ends: np.ndarray, longest_bytes: int
+) -> Iterator[bytes | TooLong]:
+    """The texts of a page that has their places in a dictionary."""
+    width = _exactly(content, 1)[0]
     if width > 32:
         raise ValueError(f"places in a dictionary of {width} bits")
-    return _hybrid(content, width)
-
-
-def _found(places: Iterator[int], dictionary: BinaryIO, ends: np.ndarray) -> Iterator[bytes]:
-    for place in places:
+    for place in _hybrid(content, width):
         if place >= len(ends):
             raise ValueError(f"text {place} of a dictionary of {len(ends)}")
         dictionary.seek(int(ends[place - 1]) if place else 0)
-        yield _text(dictionary)
+        yield _text(dictionary, longest_bytes)
 
 
-def _in_turn(content: BinaryIO) -> Iterator[bytes]:
-    while True:
-        yield _text(content)
+def _text(content: BinaryIO, longest_bytes: int) -> bytes | TooLong:
+    size = int.from_bytes(_exactly(content, 4), "little")
+    if size <= longest_bytes:
+        return _exactly(content, size)
+    content.seek(size - 1, os.SEEK_CUR)
+    _exactly(content, 1)
+    return TooLong(size)
 
 
-def _text(content: BinaryIO) -> bytes:
-    size = int.from_bytes(content.read(4), "little")
-    text = content.read(size)
-    if len(text) < size:
-        raise ValueError("ends in a text")
-    return text
-
-
-def _ends(content: BinaryIO) -> Iterator[int]:
-    """Where each text of a dictionary ends."""
-    while head := content.read(4):
-        yield content.seek(int.from_bytes(head, "little"), os.SEEK_CUR)
+def _ends(dictionary: BinaryIO, page: Page) -> np.ndarray:
+    """Where each text of a dictionary ends: int64 [values]."""
+    sizes = (int.from_bytes(_exactly(dictionary, 4), "little") for _ in range(page.values))
+    ends = np.fromiter((dictionary.seek(size, os.SEEK_CUR) for size in sizes), np.int64, page.values)
+    if len(ends) and ends[-1] > page.unpacked_bytes:
+        raise ValueError("ends in a dictionary")
+    return ends
 
 
 def _hybrid(stream: BinaryIO, width: int) -> Iterator[int]:
@@ -166,12 +187,28 @@ def _hybrid(stream: BinaryIO, width: int) -> Iterator[int]:
     if width == 0:
         yield from repeat(0)
     while True:
-        count, packed = divmod(varint(stream), 2)
-        if not packed:
-            yield from repeat(int.from_bytes(stream.read(-(-width // 8)), "little"), count)
-        while packed and count:
+        count, is_packed = divmod(varint(stream), 2)
+        if count >= 1 << 31:
+            raise ValueError("a run of more than 31 bits")
+        if not is_packed:
+            number = int.from_bytes(_exactly(stream, -(-width // 8)), "little")
+            if number >> width:
+                raise ValueError(f"{number} among numbers of {width} bits")
+            yield from repeat(number, count)
+        while is_packed and count:
             groups = min(count, _GROUPS_AT_ONCE)
-            bits = np.unpackbits(np.frombuffer(stream.read(groups * width), np.uint8), bitorder="little")
+            packed = stream.read(groups * width)
+            # Some writers end a page within the last group, or before groups that nobody needs.
+            if not packed:
+                raise ValueError("ends in a page")
+            bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
             rows = bits[: len(bits) // width * width].reshape(-1, width)
             yield from (rows @ (1 << np.arange(width))).tolist()
             count -= groups
+
+
+def _exactly(stream: BinaryIO, size: int) -> bytes:
+    content = stream.read(size)
+    if len(content) < size:
+        raise ValueError("ends in a page")
+    return content

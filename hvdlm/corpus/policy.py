@@ -84,9 +84,14 @@ def check_length(size_bytes: int) -> None:
         BadRecordError: it is.
     """
     if size_bytes > MAX_DOCUMENT_BYTES:
-        raise BadRecordError(
-            f"{size_bytes} bytes, at most {MAX_DOCUMENT_BYTES} can be; cut it into shorter ones"
-        )
+        raise too_long(size_bytes)
+
+
+def too_long(size_bytes: int) -> BadRecordError:
+    """What is wrong with a document of so many bytes."""
+    return BadRecordError(
+        f"{size_bytes} bytes, at most {MAX_DOCUMENT_BYTES} can be; cut it into shorter ones"
+    )
 
 
 def _replaced(raw: bytes | memoryview) -> bytes:

@@ -16,8 +16,9 @@ from hvdlm.config import EXIT_CRASH, UserError
 from hvdlm.corpus.json_lines import text_of_line
 from hvdlm.corpus.lines import Line, number_in_file, parts_of, parts_of_text, read_lines, without_mark
 from hvdlm.corpus.parquet import Row, read_rows
-from hvdlm.corpus.plan import Piece
-from hvdlm.corpus.policy import BadRecordError, check_length, valid_utf8
+from hvdlm.corpus.parquet_pages import TooLong
+from hvdlm.corpus.plan import MAX_DOCUMENT_BYTES, Piece
+from hvdlm.corpus.policy import BadRecordError, check_length, too_long, valid_utf8
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def _records(piece: Piece, options: ReadOptions, scratch: Path) -> Iterator[Docu
         return _document(partial(text_of_line, line.raw, options.field, options.invalid), at)
 
     if piece.kind == "parquet":
-        rows = read_rows(piece.path, options.field, range(piece.start, piece.end), scratch)
+        groups = range(piece.start, piece.end)
+        rows = read_rows(piece.path, options.field, groups, longest_bytes=MAX_DOCUMENT_BYTES, scratch=scratch)
         return map(document_of_row, rows)
     return map(document_of, filter(lambda line: not line.raw.isspace(), read_lines(piece)))
 
@@ -148,8 +150,10 @@ def _check_unchanged(piece: Piece) -> None:
         raise UserError(f"{piece.path}: was changed while it was read; run again when nobody writes to it")
 
 
-def _text_of_cell(raw: bytes | memoryview | None, options: ReadOptions) -> bytes | None:
-    if raw is None:
+def _text_of_cell(cell: bytes | memoryview | TooLong | None, options: ReadOptions) -> bytes | None:
+    if cell is None:
         raise BadRecordError(f"column {options.field!r} is null, needed a string; remove such rows")
-    check_length(len(raw))
-    return valid_utf8(raw, options.invalid)
+    if isinstance(cell, TooLong):
+        raise too_long(cell.size_bytes)
+    check_length(len(cell))
+    return valid_utf8(cell, options.invalid)
