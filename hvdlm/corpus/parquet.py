@@ -24,7 +24,8 @@ class Row(NamedTuple):
 
     Attributes:
         number: of the row, counted from 1 in the file.
-        cell: the text's bytes, where they are few as they lie in pyarrow's memory; None for null.
+        cell: the text's bytes, where they are few as they lie in pyarrow's memory; None for null;
+            `TooLong` where they were not read.
         done: the part of the row groups' rows read so far, 0..1.
     """
 
