@@ -1,8 +1,9 @@
 """This loader beside other ways to read random windows of the same tokens.
 
-Batches are 16 windows of 2049 tokens as int64 tensors. Each reader has a process of its own, because some
-leave threads behind that would slow the others; they take turns, a slice of time each in every round. A
-figure is the median over rounds, a ratio the median of the ratios within one round.
+Batches are 16 windows of 2049 tokens as int64 tensors. Each reader has a process of its own, stopped while it
+is not asked: the threads of some look for work all the time and would slow the others. They take turns, a
+slice of time each in every round. A figure is the median over rounds, a ratio the median of the ratios within
+one round.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
+import signal
 import statistics
 import sys
 import tempfile
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `bench loader`."""
     parser.add_argument("--tokens", type=int, default=40_000_000, help="made-up tokens (default: 40 million)")
     parser.add_argument("--shards", type=int, default=4, help="shards they lie in (default: 4)")
-    parser.add_argument("--rounds", type=int, default=11, help="slices of each reader (default: 11)")
+    parser.add_argument("--rounds", type=int, default=21, help="slices of each reader (default: 21)")
     parser.add_argument("--slice-s", type=float, default=0.3, help="seconds a slice (default: 0.3)")
     parser.add_argument(
         "--windows", type=int, default=1_000_000, help="windows over which memory is watched (default: 10^6)"
@@ -149,6 +151,7 @@ class Racer:
         self._process = context.Process(target=_serve, args=(name, folder, theirs))
         self._process.start()
         theirs.close()
+        self._system = psutil.Process(self._process.pid)
 
     def ask(self, what: str, amount: float) -> float:
         """Seconds a batch over a slice ("time", "verify": seconds), or growth in MiB ("memory": windows).
@@ -157,8 +160,9 @@ class Racer:
             UserError: The reader failed; its own traceback is on stderr.
         """
         try:
-            self._connection.send((what, amount))
-            return float(self._connection.recv())
+            with self._awake():
+                self._connection.send((what, amount))
+                return float(self._connection.recv())
         except (EOFError, OSError) as error:
             raise UserError(
                 f"reader {self._name!r} failed, as said above; mend it, or name the others by --only"
@@ -166,9 +170,26 @@ class Racer:
 
     def close(self) -> None:
         """End the process."""
-        with contextlib.suppress(OSError):
-            self._connection.send(("end", 0))
-        self._process.join()
+        with self._awake():
+            with contextlib.suppress(OSError):
+                self._connection.send(("end", 0))
+            self._process.join()
+
+    @contextlib.contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Let the process and its workers run; they are stopped afterwards."""
+        self._signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: signal.Signals) -> None:
+        # Any of them may have ended.
+        with contextlib.suppress(psutil.Error):
+            for process in [self._system, *self._system.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(number)
 
 
 def _serve(name: str, folder: Path, connection: Connection) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
 from itertools import pairwise
-from typing import Any, cast
+from operator import itemgetter
+from typing import Any, cast, final, get_type_hints
 
 SPLITS = ("train", "val")
 BLOCK_TOKENS = 1 << 20
@@ -14,7 +16,7 @@ BLOCK_TOKENS = 1 << 20
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}\.h5")
 _TOKENIZER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\.json")
 _LARGEST = 1 << 44  # 16 TiB a shard: sums over any manifest stay below 2^63.
-_HEX = re.compile(r"[0-9a-f]+")
+_DIGEST, _SHA256 = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
 
 
 class MalformedError(ValueError):
@@ -79,21 +81,49 @@ class ShardEntry:
     extents: Extents
 
 
-def check_fields(value: object, kinds: dict[str, type], where: str) -> dict[str, Any]:
-    """Check that a JSON value is an object with exactly these fields of exactly these types.
+@final
+class Fields:
+    """What a JSON object must have: exactly these fields, of exactly these types.
 
-    Raises:
-        MalformedError: It is not, or an integer is negative or absurdly large.
+    A data set may have ten thousand shards of five objects each, so what is right is seen to be so with
+    a few calls into C.
+
+    Args:
+        kinds: Name and type of at least two fields.
     """
-    if not isinstance(value, dict) or value.keys() != kinds.keys():
-        raise MalformedError(f"{where}: needs exactly the fields {', '.join(kinds)}")
-    for key, kind in kinds.items():
-        # bool is an int to isinstance; JSON's true must not pass for a count.
-        if type(value[key]) is not kind:
-            raise MalformedError(f"{where}: {key} must be {kind.__name__}")
-        if kind is int and not 0 <= value[key] < _LARGEST:
-            raise MalformedError(f"{where}: {key} is out of range")
-    return cast("dict[str, Any]", value)
+
+    def __init__(self, kinds: Mapping[str, type]) -> None:
+        self._kinds, self._values = dict(kinds), itemgetter(*kinds)
+        # Types, not isinstance: bool is an int, and JSON's true must not pass for a count.
+        self._types = tuple(kinds.values())
+        self._integers = [index for index, kind in enumerate(self._types) if kind is int]
+
+    @staticmethod
+    def of(record: type) -> Fields:
+        """Those of a dataclass, in its order; one that is a dataclass itself is an object of its own."""
+        kinds = get_type_hints(record).items()
+        return Fields({name: dict if is_dataclass(kind) else kind for name, kind in kinds})
+
+    def check(self, value: object, where: str) -> tuple[Any, ...]:
+        """The values of the fields, in order.
+
+        Raises:
+            MalformedError: It is not such an object, or an integer is negative or absurdly large.
+        """
+        if type(value) is not dict or value.keys() != self._kinds.keys():
+            raise MalformedError(f"{where}: needs exactly the fields {', '.join(self._kinds)}")
+        values = self._values(value)
+        if tuple(map(type, values)) != self._types:
+            wrong = next(key for key, kind in self._kinds.items() if type(value[key]) is not kind)
+            raise MalformedError(f"{where}: {wrong} must be {self._kinds[wrong].__name__}")
+        for index in self._integers:
+            if not 0 <= values[index] < _LARGEST:
+                raise MalformedError(f"{where}: {list(self._kinds)[index]} is out of range")
+        return cast("tuple[Any, ...]", values)
+
+
+_TOKENIZER, _SHARD = Fields.of(TokenizerInfo), Fields.of(ShardEntry)
+_EXTENTS, _EXTENT = Fields.of(Extents), Fields.of(Extent)
 
 
 def parse_tokenizer(value: object) -> TokenizerInfo:
@@ -102,30 +132,14 @@ def parse_tokenizer(value: object) -> TokenizerInfo:
     Raises:
         MalformedError: It has another shape or contradicts itself.
     """
-    fields = check_fields(value, {"file": str, "sha256": str, "vocab_size": int, "eos_id": int}, "tokenizer")
-    info = TokenizerInfo(**fields)
+    info = TokenizerInfo(*_TOKENIZER.check(value, "tokenizer"))
     if not _TOKENIZER_NAME.fullmatch(info.file):
         raise MalformedError("tokenizer: file must be a plain name ending in .json")
-    if len(info.sha256) != 64 or not _HEX.fullmatch(info.sha256):
+    if not _SHA256.fullmatch(info.sha256):
         raise MalformedError("tokenizer: sha256 must be 64 hexadecimal digits")
     if not 0 <= info.eos_id < info.vocab_size <= 1 << 32:
         raise MalformedError("tokenizer: needs 0 <= eos_id < vocab_size <= 2^32")
     return info
-
-
-_SHARD_KINDS: dict[str, type] = {
-    "name": str,
-    "split": str,
-    "tokens": int,
-    "documents": int,
-    "text_bytes": int,
-    "file_bytes": int,
-    "xxh3_128": str,
-    "content_xxh3_128": str,
-    "extents": dict,
-}
-_EXTENTS_KINDS: dict[str, type] = {"tokens": dict, "doc_offsets": dict, "block_xxh3": dict}
-_EXTENT_KINDS: dict[str, type] = {"offset": int, "dtype": str, "size": int}
 
 
 def parse_shard(value: object, tokenizer: TokenizerInfo, where: str) -> ShardEntry:
@@ -139,16 +153,15 @@ def parse_shard(value: object, tokenizer: TokenizerInfo, where: str) -> ShardEnt
     Raises:
         MalformedError: It has another shape or contradicts itself.
     """
-    fields = check_fields(value, _SHARD_KINDS, where)
-    parts = check_fields(fields["extents"], _EXTENTS_KINDS, where)
-    extents = {name: Extent(**check_fields(part, _EXTENT_KINDS, where)) for name, part in parts.items()}
-    entry = ShardEntry(**{**fields, "extents": Extents(**extents)})
+    *values, extents = _SHARD.check(value, where)
+    parts = [Extent(*_EXTENT.check(part, where)) for part in _EXTENTS.check(extents, where)]
+    entry = ShardEntry(*[*values, Extents(*parts)])
     if not _SHARD_NAME.fullmatch(entry.name):
         raise MalformedError(f"{where}: name must be a plain file name ending in .h5")
     if entry.split not in SPLITS:
         raise MalformedError(f"{where}: split must be one of {', '.join(SPLITS)}")
     for digest in (entry.xxh3_128, entry.content_xxh3_128):
-        if len(digest) != 32 or not _HEX.fullmatch(digest):
+        if not _DIGEST.fullmatch(digest):
             raise MalformedError(f"{where}: a digest must be 32 hexadecimal digits")
     check_extents(entry, tokenizer)
     return entry
@@ -168,12 +181,14 @@ def check_extents(entry: ShardEntry, tokenizer: TokenizerInfo) -> None:
         ("doc_offsets", doc_offsets, "<u8", entry.documents + 1),
         ("block_xxh3", blocks, "<u8", -(-entry.tokens // BLOCK_TOKENS)),
     )
+    spans = []
     for name, extent, dtype, size in expected:
-        if (extent.dtype, extent.size) != (dtype, size):
+        if extent.dtype != dtype or extent.size != size:
             found = f"{extent.dtype[:20]!r} [{extent.size}]"
             raise MalformedError(f"{entry.name}: {name} must be {dtype} [{size}], is {found}")
-        if extent.end > entry.file_bytes:
+        spans.append((extent.offset, extent.end))
+        if spans[-1][1] > entry.file_bytes:
             raise MalformedError(f"{entry.name}: {name} ends after the file")
-    ordered = sorted((tokens, doc_offsets, blocks), key=lambda extent: extent.offset)
-    if any(first.end > second.offset for first, second in pairwise(ordered)):
+    spans.sort()
+    if any(first_end > second for (_, first_end), (second, _) in pairwise(spans)):
         raise MalformedError(f"{entry.name}: data sets overlap")

@@ -92,16 +92,19 @@ def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
         refuse_read(path, error, f" at byte {offset}")
 
 
-def check_file(path: Path, file_bytes: int) -> None:
-    """Check, without opening it, that `path` is a regular file of the size the manifest gives.
+def check_file(folder: Path, name: str, file_bytes: int) -> None:
+    """Check, without opening it, that `folder`/`name` is a regular file of the size the manifest gives.
 
     Raises:
         UserError: It is missing, no regular file, or of another size.
     """
     try:
-        _check_status(path, path.stat(), file_bytes)
+        # A Path for each of ten thousand files would take longer than asking for them.
+        status = os.stat(f"{folder}/{name}")  # noqa: PTH116
     except OSError as error:
-        refuse_read(path, error, "")
+        refuse_read(folder / name, error, "")
+    if wrong := _fault(status, file_bytes):
+        raise damaged(folder / name, wrong)
 
 
 def open_checked(path: Path, file_bytes: int) -> int:
@@ -119,7 +122,8 @@ def open_checked(path: Path, file_bytes: int) -> int:
     except OSError as error:
         refuse_read(path, error, "")
     try:
-        _check_status(path, os.fstat(fd), file_bytes)
+        if wrong := _fault(os.fstat(fd), file_bytes):
+            raise damaged(path, wrong)
     except BaseException:
         os.close(fd)
         raise
@@ -150,14 +154,14 @@ class OpenFiles:
     thread the bytes of whatever file is opened next under the same number.
 
     Args:
-        files: Path and size in bytes of each file; files are then known by their index.
+        files: Folder, name and size in bytes of each file; files are then known by their index.
         limit: At least 1.
 
     Attributes:
         fds: What is open, by index.
     """
 
-    def __init__(self, files: Sequence[tuple[Path, int]], *, limit: int) -> None:
+    def __init__(self, files: Sequence[tuple[Path, str, int]], *, limit: int) -> None:
         self._files, self._limit = files, limit
         self.fds: dict[int, int] = {}
 
@@ -171,7 +175,8 @@ class OpenFiles:
         if fd is None:
             if len(self.fds) >= self._limit:
                 os.close(self.fds.pop(next(iter(self.fds))))
-            fd = self.fds[index] = open_checked(*self._files[index])
+            folder, name, file_bytes = self._files[index]
+            fd = self.fds[index] = open_checked(folder / name, file_bytes)
         return fd
 
     def close(self) -> None:
@@ -189,13 +194,13 @@ def fsync(path: Path) -> None:
         os.close(fd)
 
 
-def _check_status(path: Path, status: os.stat_result, file_bytes: int) -> None:
+def _fault(status: os.stat_result, file_bytes: int) -> str:
+    """What is wrong with a file, empty where nothing is."""
     if not stat.S_ISREG(status.st_mode):
-        raise damaged(path, "not a regular file")
+        return "not a regular file"
     if status.st_size != file_bytes:
-        raise damaged(
-            path, f"has {status.st_size} bytes, the manifest says {file_bytes}: truncated or changed"
-        )
+        return f"has {status.st_size} bytes, the manifest says {file_bytes}: truncated or changed"
+    return ""
 
 
 def refuse_read(path: Path, error: OSError, place: str) -> NoReturn:

@@ -25,9 +25,8 @@ _MAX_THREADS = 2  # The second carries on while one waits for a slow read; more 
 _BLOCK_SAMPLES = 1 << 14  # Samples located at a time.
 _EVALUATION_SEED = 0x6576616C  # One order for all runs, whatever their seed.
 
-Place: TypeAlias = tuple[int, list[list[int]], list[list[int]], list[list[int]]]
-"""A step; and of each window of each slot of this share, the shard, the first token in it, and the byte
-offset of that token in the file."""
+Place: TypeAlias = tuple[int, list[list[int]], list[list[int]]]
+"""A step; and of each window of each slot of this share, the shard and the byte offset in its file."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class Loader:
         self._prefetch_steps = prefetch_steps
         self._prefetcher: Prefetcher[StepBatch] | None = None
         for folder, entry in shards_of(sources, split)[share[0] :: share[1]] if check_sizes else ():
-            check_file(folder / entry.name, entry.file_bytes)
+            check_file(folder, entry.name, entry.file_bytes)
 
     @property
     def windows(self) -> list[int]:
@@ -169,21 +168,25 @@ class Loader:
             reader, self._counts, self._first, chunks=self._chunks, seq_len=plan.seq_len
         )
         try:
-            for place in self._places(first_step, stride):
+            for step, shards, places in self._places(first_step, stride):
                 if ahead:
-                    ahead.announce(*place[1:3])
-                yield self._batch(place[0], self._read_slots(reader, recycler.take(), place))
+                    ahead.announce(shards, places)
+                # No name here may hold on to a batch: its memory would not be handed out again.
+                yield self._batch(step, self._read_slots(step, reader, shards, places, recycler.take()))
         finally:
             reader.close()
 
-    def _read_slots(self, reader: WindowReader, memory: np.ndarray, place: Place) -> list[Slot]:
-        step, shards, firsts, places = place
+    def _read_slots(
+        self,
+        step: int,
+        reader: WindowReader,
+        shards: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]],
+        memory: np.ndarray,
+    ) -> list[Slot]:
+        seed = self._plan.seed
         return [
-            Slot(
-                index,
-                slot_seed(self._plan.seed, step, index),
-                reader.read(shards[k], firsts[k], places=places[k], out=memory[k]),
-            )
+            Slot(index, slot_seed(seed, step, index), reader.read_at(shards[k], places[k], memory[k]))
             for k, index in enumerate(self._slots)
         ]
 
@@ -198,10 +201,10 @@ class Loader:
                 samples, self._counts, seed=plan.seed, blend=self._blend, chunks=self._chunks
             )
             shape = (steps_a_block, len(self._slots), plan.micro_batch)
-            shards, firsts = (a.reshape(shape) for a in locate(windows, self._first, plan.seq_len))
+            shards, firsts = locate(windows, self._first, plan.seq_len)
             places = self._offsets[shards] + firsts * self._token_bytes
-            for k, step in enumerate(steps.tolist()):
-                yield step, shards[k].tolist(), firsts[k].tolist(), places[k].tolist()
+            each = zip(steps.tolist(), shards.reshape(shape), places.reshape(shape), strict=True)
+            yield from ((step, of_shards.tolist(), of_places.tolist()) for step, of_shards, of_places in each)
 
     def _batch(self, step: int, slots: list[Slot]) -> StepBatch:
         first, end = step_samples(step, self._plan.global_batch)

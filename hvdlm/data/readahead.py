@@ -36,9 +36,10 @@ class ReadAhead:
         self._limit = 2 * chunks.group * len(counts)
         self._announced: OrderedDict[int, None] = OrderedDict()
 
-    def announce(self, shards: Sequence[Sequence[int]], firsts: Sequence[Sequence[int]]) -> None:
-        """Hint the chunks of a step's windows, given as shards and first tokens of each slot."""
-        windows = self._first[np.array(shards).ravel()] + np.array(firsts).ravel() // self._seq_len
+    def announce(self, shards: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> None:
+        """Hint the chunks of a step's windows, given as shards and byte offsets of each slot."""
+        tokens = [self._reader.first_tokens(*slot) for slot in zip(shards, places, strict=True)]
+        windows = self._first[np.array(shards).ravel()] + np.array(tokens).ravel() // self._seq_len
         sources = np.searchsorted(self._ends, windows, side="right")
         starts = self._starts[sources]
         chunks = starts + (windows - starts) // self._chunks.windows * self._chunks.windows

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import final
 
 import numpy as np
@@ -41,38 +42,26 @@ class WindowReader:
         max_open: int,
         with_positions: bool = False,
     ) -> None:
-        shards = shards_of(sources, split)
-        self._paths = [folder / entry.name for folder, entry in shards]
-        self._extents = [(entry.extents.tokens.offset, entry.tokens) for _, entry in shards]
-        sizes = [entry.file_bytes for _, entry in shards]
-        self._files = OpenFiles(list(zip(self._paths, sizes, strict=True)), limit=max_open)
+        self._shards = shards_of(sources, split)
+        files = [(folder, entry.name, entry.file_bytes) for folder, entry in self._shards]
+        self._files = OpenFiles(files, limit=max_open)
         tokenizer = sources[0].manifest.tokenizer
         self._vocab_size = tokenizer.vocab_size
         self._dtype = np.dtype(tokenizer.token_dtype)
         self._seq_len = seq_len
-        self._raw = np.empty((0, seq_len + 1), self._dtype)
-        self._rows: list[tuple[memoryview]] = []
-        self._ids = self._raw.reshape(-1)
+        self._resize(0)
         self._boundaries: Boundaries | None = None
         if with_positions:
-            entries = [entry for _, entry in shards]
-            self._boundaries = Boundaries(self._paths, entries, self._files, seq_len=seq_len)
+            self._boundaries = Boundaries(self._shards, self._files, seq_len=seq_len)
 
     def read(
-        self,
-        shards: Sequence[int],
-        firsts: Sequence[int],
-        *,
-        places: Sequence[int] | None = None,
-        out: np.ndarray | None = None,
+        self, shards: Sequence[int], firsts: Sequence[int], *, out: np.ndarray | None = None
     ) -> dict[str, torch.Tensor]:
         """Read a batch of m windows, full or cut short by the end of their shard.
 
         Args:
             shards: m indices into the split's shards, through all sources.
             firsts: m first tokens.
-            places: m byte offsets of those tokens in their files, where all windows are full; None = they
-                are found here.
             out: int64 [m, T + 1] to be filled and shared with the result; None = fresh memory.
 
         Returns:
@@ -83,10 +72,35 @@ class WindowReader:
         Raises:
             UserError: A file is missing, changed or broken, or holds an id that the tokenizer has not.
         """
-        raw, short = self._fill(shards, firsts, places)
-        buffer = np.empty(raw.shape, np.int64) if out is None else out
-        buffer[...] = raw
-        tokens, labels = buffer[:, :-1], buffer[:, 1:]
+        places, short = self._find(shards, firsts)
+        buffer = np.empty((len(shards), self._seq_len + 1), np.int64) if out is None else out
+        return self.read_at(shards, places, buffer, short)
+
+    def read_at(
+        self,
+        shards: Sequence[int],
+        places: Sequence[int],
+        out: np.ndarray,
+        short: Sequence[tuple[int, int]] = (),
+    ) -> dict[str, torch.Tensor]:
+        """The same where the places of the windows are known already.
+
+        Args:
+            shards: m indices into the split's shards.
+            places: m byte offsets of the windows in their files.
+            out: int64 [m, T + 1], filled and shared with the result.
+            short: Row and number of ids of each window that is cut short.
+        """
+        if len(self._raw) != len(shards):
+            self._resize(len(shards))
+        if short or not self._read_full(shards, places):
+            self._read_rows(shards, places, dict(short))
+        # An id beyond the embedding would surface as an index error deep in the model. `max` takes longer:
+        # it goes through Python and the machinery of ufuncs.
+        if shards and self._ids.item(self._ids.argmax()) >= self._vocab_size:
+            self._refuse_id(shards, places)
+        out[...] = self._raw
+        tokens, labels = out[:, :-1], out[:, 1:]
         if short:
             labels = labels.copy()
         for row, count in short:
@@ -95,8 +109,15 @@ class WindowReader:
         # Slicing is numpy's: torch takes ten times as long.
         batch = {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
         if self._boundaries is not None:
-            batch["positions"] = torch.from_numpy(self._boundaries.positions(shards, firsts))
+            positions = self._boundaries.positions(shards, self.first_tokens(shards, places))
+            batch["positions"] = torch.from_numpy(positions)
         return batch
+
+    def first_tokens(self, shards: Sequence[int], places: Sequence[int]) -> list[int]:
+        """The first token, in its shard, of each window at a byte offset."""
+        offsets = (self._shards[shard][1].extents.tokens.offset for shard in shards)
+        size = self._dtype.itemsize
+        return [(place - offset) // size for place, offset in zip(places, offsets, strict=True)]
 
     def will_need(self, shard: int, first: int, tokens: int) -> None:
         """Tell the kernel that so many tokens of a shard will probably be read.
@@ -104,7 +125,7 @@ class WindowReader:
         A file that cannot be opened is left to the read: it may be one that nothing will be read from, and
         that was not staged.
         """
-        offset, size = self._extents[shard][0], self._dtype.itemsize
+        offset, size = self._shards[shard][1].extents.tokens.offset, self._dtype.itemsize
         # A file system without such hints is read as it is.
         with contextlib.suppress(OSError, UserError):
             descriptor = self._files.get(shard)
@@ -114,37 +135,25 @@ class WindowReader:
         """Close the files."""
         self._files.close()
 
-    def _fill(
-        self, shards: Sequence[int], firsts: Sequence[int], places: Sequence[int] | None
-    ) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """The raw ids [m, T + 1], zero after a short window; row and number of ids of the short ones.
-
-        The array is filled anew by the next call.
-        """
-        if len(self._raw) != len(shards):
-            self._raw = np.empty((len(shards), self._seq_len + 1), self._dtype)
-            self._rows = [(row.data.cast("B"),) for row in self._raw]
-            self._ids = self._raw.reshape(-1)
-        short = list[tuple[int, int]]()
-        if places is None:
-            places, short = self._find(shards, firsts)
-        if short or not self._read_full(shards, places):
-            self._read_rows(shards, places, dict(short))
-        # An id beyond the embedding would surface as an index error deep in the model. `max` takes longer:
-        # it goes through Python and the machinery of ufuncs.
-        if len(shards) and self._ids.item(self._ids.argmax()) >= self._vocab_size:
-            self._refuse_id(self._raw, shards, firsts)
-        return self._raw, short
-
     def _find(self, shards: Sequence[int], firsts: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """The byte offset of each window in its file; row and number of ids of the short ones."""
         places, short, size = [], [], self._dtype.itemsize
         for index, (shard, first) in enumerate(zip(shards, firsts, strict=True)):
-            offset, tokens = self._extents[shard]
-            places.append(offset + first * size)
-            if first + self._seq_len + 1 > tokens:
-                short.append((index, tokens - first))
+            _, entry = self._shards[shard]
+            places.append(entry.extents.tokens.offset + first * size)
+            if first + self._seq_len + 1 > entry.tokens:
+                short.append((index, entry.tokens - first))
         return places, short
+
+    def _path(self, shard: int) -> Path:
+        folder, entry = self._shards[shard]
+        return folder / entry.name
+
+    def _resize(self, windows: int) -> None:
+        """Make room for so many raw windows: `_raw` [m, T + 1], its rows as bytes, and all of it as one."""
+        self._raw = np.empty((windows, self._seq_len + 1), self._dtype)
+        self._rows = [(row.data.cast("B"),) for row in self._raw]
+        self._ids = self._raw.reshape(-1)
 
     def _read_full(self, shards: Sequence[int], places: Sequence[int]) -> bool:
         """Read full windows, one system call each; False: some file is not open yet, or gave less.
@@ -164,14 +173,14 @@ class WindowReader:
             count = short.get(index, self._seq_len + 1)
             self._raw[index, count:] = 0
             row = self._rows[index][0][: count * self._dtype.itemsize]
-            read_exactly(self._files.get(shard), row, place, self._paths[shard])
+            read_exactly(self._files.get(shard), row, place, self._path(shard))
 
-    def _refuse_id(self, raw: np.ndarray, shards: Sequence[int], firsts: Sequence[int]) -> None:
-        row, column = np.argwhere(raw >= self._vocab_size)[0].tolist()
-        path = self._paths[shards[row]]
+    def _refuse_id(self, shards: Sequence[int], places: Sequence[int]) -> None:
+        row, column = np.argwhere(self._raw >= self._vocab_size)[0].tolist()
+        token = self.first_tokens(shards, places)[row] + column
         raise damaged(
-            path,
-            f"token {firsts[row] + column} has id {raw[row, column]}, the tokenizer's ids end at "
+            self._path(shards[row]),
+            f"token {token} has id {self._raw[row, column]}, the tokenizer's ids end at "
             f"{self._vocab_size - 1}: damaged",
         )
 

@@ -42,10 +42,9 @@ def write_documents(folder: Path, shards: list[list[int]]) -> Manifest:
 
 
 def open_boundaries(folder: Path, manifest: Manifest, *, seq_len: int) -> Boundaries:
-    entries = manifest.split("train")
-    paths = [folder / entry.name for entry in entries]
-    files = OpenFiles([(folder / entry.name, entry.file_bytes) for entry in entries], limit=2)
-    return Boundaries(paths, entries, files, seq_len=seq_len)
+    shards = [(folder, entry) for entry in manifest.split("train")]
+    files = OpenFiles([(folder, entry.name, entry.file_bytes) for folder, entry in shards], limit=2)
+    return Boundaries(shards, files, seq_len=seq_len)
 
 
 def naive(path: Path, first: int, seq_len: int) -> list[int]:

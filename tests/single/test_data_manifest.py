@@ -126,7 +126,7 @@ CHANGES = {
     "tokens is out of range": set_in("shards/0/tokens", -1),
     "tokens must be int": set_in("shards/0/tokens", 2000.0),
     "documents must be int": set_in("shards/0/documents", True),
-    "text_bytes is out of range": set_in("shards/0/text_bytes", 10**30),
+    "text_bytes is out of range": set_in("shards/0/text_bytes", 1 << 44),
     "32 hexadecimal digits": set_in("shards/0/xxh3_128", "x" * 32),
     "offset is out of range": set_in(f"{TOKENS}/offset", -4096),
     "tokens ends after the file": set_in(f"{TOKENS}/offset", 1 << 40),
