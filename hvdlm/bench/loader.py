@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
+import os
 import signal
 import statistics
 import sys
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 import numpy as np
 import psutil
@@ -36,6 +37,7 @@ from hvdlm.data.verify import BackgroundVerifier
 
 _VOCAB_SIZE, _EOS = 50257, 50256
 _DOCUMENT_TOKENS = 1000  # On average; their lengths vary as widely as real ones.
+_LAST_WORDS_S = 10.0
 _WARM_UP_BATCHES = 16  # More than any reader keeps ready.
 _OWN, _VERIFYING = "hvdlm", "hvdlm verifying"
 _LIBRARIES = ("h5py", "litdata", "mosaicml-streaming", "numpy", "torch")
@@ -151,7 +153,6 @@ class Racer:
         self._process = context.Process(target=_serve, args=(name, folder, theirs))
         self._process.start()
         theirs.close()
-        self._system = psutil.Process(self._process.pid)
 
     def ask(self, what: str, amount: float) -> float:
         """Seconds a batch over a slice ("time", "verify": seconds), or growth in MiB ("memory": windows).
@@ -160,39 +161,36 @@ class Racer:
             UserError: The reader failed; its own traceback is on stderr.
         """
         try:
-            with self._awake():
-                self._connection.send((what, amount))
-                return float(self._connection.recv())
+            self._signal(signal.SIGCONT)
+            self._connection.send((what, amount))
+            seconds = float(self._connection.recv())
+            self._signal(signal.SIGSTOP)
+            return seconds
         except (EOFError, OSError) as error:
             raise UserError(
                 f"reader {self._name!r} failed, as said above; mend it, or name the others by --only"
             ) from error
 
     def close(self) -> None:
-        """End the process."""
-        with self._awake():
-            with contextlib.suppress(OSError):
-                self._connection.send(("end", 0))
-            self._process.join()
-
-    @contextlib.contextmanager
-    def _awake(self) -> Iterator[None]:
-        """Let the process and its workers run; they are stopped afterwards."""
+        """End the process and its workers, those in the middle of a slice after some seconds."""
         self._signal(signal.SIGCONT)
-        try:
-            yield
-        finally:
-            self._signal(signal.SIGSTOP)
+        with contextlib.suppress(OSError):
+            self._connection.send(("end", 0))
+        self._process.join(_LAST_WORDS_S)
+        self._signal(signal.SIGKILL)
+        self._process.join()
 
     def _signal(self, number: signal.Signals) -> None:
-        # Any of them may have ended.
-        with contextlib.suppress(psutil.Error):
-            for process in [self._system, *self._system.children(recursive=True)]:
-                with contextlib.suppress(psutil.Error):
-                    process.send_signal(number)
+        """To the process and its workers."""
+        # They may have ended, and at first there is no such group yet.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(cast("int", self._process.pid), number)
 
 
 def _serve(name: str, folder: Path, connection: Connection) -> None:
+    # A group of their own: should the benchmark be killed, the kernel sends what is stopped there SIGHUP and
+    # SIGCONT, because the group has become an orphan (POSIX, _exit).
+    os.setpgid(0, 0)
     # Some libraries greet on stdout, which is the result's.
     with contextlib.redirect_stdout(sys.stderr):
         torch.set_num_threads(1)

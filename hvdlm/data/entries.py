@@ -153,6 +153,7 @@ def parse_shard(value: object, tokenizer: TokenizerInfo, where: str) -> ShardEnt
     Raises:
         MalformedError: It has another shape or contradicts itself.
     """
+    # In the order of the classes' fields, of which "extents" is the last.
     *values, extents = _SHARD.check(value, where)
     parts = [Extent(*_EXTENT.check(part, where)) for part in _EXTENTS.check(extents, where)]
     entry = ShardEntry(*[*values, Extents(*parts)])

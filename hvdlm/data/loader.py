@@ -185,7 +185,7 @@ class Loader:
         memory: np.ndarray,
     ) -> list[Slot]:
         seed = self._plan.seed
-        # Iterating over `memory` would cost a tenth of a batch: it ends with an IndexError inside numpy.
+        # Iterating over `memory` would cost 5 to 10 % of a batch: it ends with an IndexError inside numpy.
         return [
             Slot(index, slot_seed(seed, step, index), reader.read_at(shards[k], places[k], memory[k]))
             for k, index in enumerate(self._slots)

@@ -67,10 +67,14 @@ class Manifest:
         """
         content = [[s.split, s.tokens, s.documents, s.content_xxh3_128] for s in self.shards]
         tokenizer = [self.tokenizer.sha256, self.tokenizer.vocab_size, self.tokenizer.eos_id]
-        return hashlib.sha256(_canonical([FORMAT, VERSION, BLOCK_TOKENS, tokenizer, content])).hexdigest()
+        return hashlib.sha256(_json([FORMAT, VERSION, BLOCK_TOKENS, tokenizer, content])).hexdigest()
 
     def to_json(self) -> str:
-        """The text of manifest.json, its own digest included."""
+        """The text of manifest.json, its own digest included.
+
+        Raises:
+            ValueError: A number or name that JSON cannot hold.
+        """
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -78,9 +82,9 @@ class Manifest:
             "tokenizer": self.tokenizer,
             "shards": self.shards,
         }
-        record = orjson.loads(orjson.dumps(content))  # The fields of a dataclass would not be sorted.
-        record["digest"] = xxhash.xxh3_128_hexdigest(_canonical(record))
-        return orjson.dumps(record, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
+        record = orjson.loads(_json(content))  # The fields of a dataclass would not be sorted.
+        record["digest"] = xxhash.xxh3_128_hexdigest(_json(record, orjson.OPT_SORT_KEYS))
+        return _json(record, orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
 
     @staticmethod
     def from_json(text: str, where: str = FILE_NAME) -> Manifest:
@@ -175,8 +179,11 @@ _FIELDS = Fields(
 )
 
 
-def _canonical(value: object) -> bytes:
-    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+def _json(value: object, option: int = 0) -> bytes:
+    try:
+        return orjson.dumps(value, option=option)
+    except orjson.JSONEncodeError as error:  # Such as "Recursion limit reached".
+        raise MalformedError(str(error)) from error
 
 
 def _parse(text: str) -> Manifest:
@@ -188,11 +195,7 @@ def _parse(text: str) -> Manifest:
         raise MalformedError(f"version is {version}, this hvdlm reads {VERSION}: update hvdlm")
     _FIELDS.check(record, "manifest")
     digest = record.pop("digest")
-    try:
-        content = _canonical(record)
-    except orjson.JSONEncodeError as error:
-        raise MalformedError("nested too deeply") from error
-    if digest != xxhash.xxh3_128_hexdigest(content):
+    if digest != xxhash.xxh3_128_hexdigest(_json(record, orjson.OPT_SORT_KEYS)):
         raise MalformedError("its digest does not match its content: it was edited or damaged")
     tokenizer = parse_tokenizer(record["tokenizer"])
     shards = tuple(parse_shard(shard, tokenizer, f"shard {i}") for i, shard in enumerate(record["shards"]))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from hvdlm.bench import readers
 from hvdlm.bench.__main__ import main
-from hvdlm.bench.loader import write_data
+from hvdlm.bench.loader import Racer, write_data
 
 IN_PROCESS = ("hvdlm", "hvdlm read ahead", "bare preadv", "nanoGPT", "h5py")
 
@@ -29,6 +32,28 @@ def test_every_reader_gives_windows_of_the_same_tokens(tmp_path: Path) -> None:
         for window in inputs:
             places = (ids.unfold(0, 8, 1) == window[:8]).all(1).nonzero().flatten().tolist()
             assert any(torch.equal(ids[p : p + readers.SEQ_LEN], window) for p in places), name
+
+
+def test_a_reader_that_is_not_asked_is_stopped(tmp_path: Path) -> None:
+    write_data(tmp_path, 100_000, 2)
+    racer = Racer("torch workers", tmp_path)
+    try:
+        assert racer.ask("time", 0.01) > 0
+        (reader,) = [process for process in psutil.Process().children() if process.children()]
+        family = [reader, *reader.children()]
+        assert wait_until(lambda: {process.status() for process in family} == {psutil.STATUS_STOPPED})
+        assert racer.ask("time", 0.01) > 0
+    finally:
+        racer.close()
+    assert wait_until(lambda: not any(process.is_running() for process in family))
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    for _ in range(500):
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def test_it_reports_what_it_timed(capsys) -> None:

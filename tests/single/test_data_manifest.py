@@ -197,6 +197,8 @@ def test_contradicting_entries_are_not_written(data: tuple[Path, Manifest]) -> N
         write_manifest(folder, manifest.shards + manifest.shards[:1], tokenizer=manifest.tokenizer)
     with pytest.raises(MalformedError, match="must be <u4"):
         write_manifest(folder, manifest.shards, tokenizer=tokenizer_info(70_000))
+    with pytest.raises(MalformedError, match="64-bit"):
+        write_manifest(folder, [replace(manifest.shards[0], tokens=1 << 70)], tokenizer=manifest.tokenizer)
     assert (folder / FILE_NAME).read_bytes() == before
 
 
