@@ -31,7 +31,9 @@ class Boundaries:
     """
 
     def __init__(self, shards: Sequence[tuple[Path, ShardEntry]], files: OpenFiles, *, seq_len: int) -> None:
-        self._shards, self._files, self._seq_len = shards, files, seq_len
+        self._entries, self._files, self._seq_len = [entry for _, entry in shards], files, seq_len
+        # Made for each read, they would take as long as what is read.
+        self._paths = [folder / entry.name for folder, entry in shards]
 
     def positions(self, shards: Sequence[int], firsts: Sequence[int]) -> np.ndarray:
         """The position of each token in its document, counted from the window's start at the earliest.
@@ -74,7 +76,7 @@ class Boundaries:
         end = first + self._seq_len
         at, page = self._find(shard, first)
         pages = [page[page.searchsorted(first, "right") - 1 :]]
-        while page[-1] < end and at + len(page) <= self._shards[shard][1].documents:
+        while page[-1] < end and at + len(page) <= self._entries[shard].documents:
             at += len(page)
             page = self._read(shard, at)
             if page[0] <= pages[-1][-1]:
@@ -90,7 +92,7 @@ class Boundaries:
 
         Every other guess halves what is left, so that the worst order of documents costs a logarithm.
         """
-        _, entry = self._shards[shard]
+        entry = self._entries[shard]
         low, high, low_token, high_token = 0, entry.documents, 0, entry.tokens
         halve = False
         while low < high:
@@ -111,12 +113,10 @@ class Boundaries:
 
         One that is wrong and yet possible is for the verification to find.
         """
-        folder, entry = self._shards[shard]
+        entry, path = self._entries[shard], self._paths[shard]
         size = min(PAGE_OFFSETS, entry.documents + 1 - at)
         # Signed, what is 2^63 or more does not rise.
-        page = read_part(
-            self._files.get(shard), folder / entry.name, entry.extents.doc_offsets, first=at, size=size
-        )
+        page = read_part(self._files.get(shard), path, entry.extents.doc_offsets, first=at, size=size)
         page = page.view("<i8")
         after = entry.documents + 1 - at - size
         # A document has a token at least.
@@ -128,5 +128,5 @@ class Boundaries:
         return page
 
     def _damage(self, shard: int) -> UserError:
-        folder, entry = self._shards[shard]
-        return damaged(folder / entry.name, f"its doc_offsets do not rise from 0 to {entry.tokens}: damaged")
+        path, tokens = self._paths[shard], self._entries[shard].tokens
+        return damaged(path, f"its doc_offsets do not rise from 0 to {tokens}: damaged")

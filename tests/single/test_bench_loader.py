@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from hvdlm.bench import readers
 from hvdlm.bench.__main__ import main
 from hvdlm.bench.loader import Racer, write_data
+from tests import helpers
 
 IN_PROCESS = ("hvdlm", "hvdlm read ahead", "bare preadv", "nanoGPT", "h5py")
 
@@ -41,19 +40,17 @@ def test_a_reader_that_is_not_asked_is_stopped(tmp_path: Path) -> None:
         assert racer.ask("time", 0.01) > 0
         (reader,) = [process for process in psutil.Process().children() if process.children()]
         family = [reader, *reader.children()]
-        assert wait_until(lambda: {process.status() for process in family} == {psutil.STATUS_STOPPED})
+        helpers.wait_until(
+            lambda: {process.status() for process in family} == {psutil.STATUS_STOPPED},
+            within_s=5,
+            what="all stopped",
+        )
         assert racer.ask("time", 0.01) > 0
     finally:
         racer.close()
-    assert wait_until(lambda: not any(process.is_running() for process in family))
-
-
-def wait_until(condition: Callable[[], bool]) -> bool:
-    for _ in range(500):
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
+    helpers.wait_until(
+        lambda: not any(process.is_running() for process in family), within_s=5, what="all gone"
+    )
 
 
 def test_it_reports_what_it_timed(capsys) -> None:
